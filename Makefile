@@ -1,0 +1,50 @@
+# `make repro` and `make test` work in a fresh clone: they create .venv and install what is needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PAPERS ?=
+PROFILE ?=
+INSTALLED := $(VENV)/.installed
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help install repro report test test-faults study lint
+help:
+	@echo "make repro   fetch, build, and regenerate every table, figure and verdict"
+	@echo "             (PAPERS=\"flexprefill zoology\" PROFILE=smoke|cpu|gpu narrow it)"
+	@echo "make study   open the notebooks in JupyterLab"
+	@echo "make test    unit tests, notebook regression tests, one pass of the pipeline"
+	@echo "make report  the scoreboard: figures/README.md and README.md"
+	@echo "make lint    ruff and import-linter"
+
+# torch first and alone: nothing else may choose its build.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Reattend needs Python 3.11 or newer; set PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+install: $(INSTALLED)
+
+repro: install
+	$(BIN)/reattend repro --force $(if $(PROFILE),--profile $(PROFILE)) $(PAPERS)
+
+report: install
+	$(BIN)/reattend report
+
+# One thread a worker and one notebook per worker: more threads than cores is many times slower.
+test: install
+	$(BIN)/reattend build --profile smoke
+	$(BIN)/reattend fetch
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env
+
+test-faults: install
+	$(THREADS) $(BIN)/python -m pytest -m faults tests
+
+study: install
+	$(BIN)/jupyter lab notebooks
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
