@@ -1,0 +1,110 @@
+"""Build shared models once and find them again.
+
+A backbone is made by `build(target, profile)` of its module `reattend.backbones.<name>` from assets.
+It is kept in the user's cache under a key made of its recipe: the syntax trees of the module and what
+it imports, the hashes of its assets, and the profile where the profile matters. Clones share it, and a
+changed recipe makes a new one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from reattend.assets.store import AssetError, asset_path, cache_directory, fetch, find
+from reattend.fingerprints import digest, module_fingerprint
+from reattend.locks import locked
+
+CATALOGUE = Path(__file__).with_name("catalogue.yaml")
+
+
+class BackboneError(RuntimeError):
+    """A backbone that is not in the catalogue or cannot be built; the message names the cure."""
+
+
+class Backbone(BaseModel):
+    """One entry of the catalogue of backbones."""
+
+    model_config = ConfigDict(extra="forbid")
+    about: str
+    assets: list[str]
+    backbones: list[str] = []  # backbones this one is built from
+    seconds: int  # at cpu, one thread
+    profiles: bool = False  # whether it is made differently at smoke, cpu and gpu
+
+
+def catalogue() -> dict[str, Backbone]:
+    """All backbones by name."""
+    entries = yaml.safe_load(CATALOGUE.read_text(encoding="utf8"))
+    return {name: Backbone(**entry) for name, entry in entries.items()}
+
+
+def find_backbone(name: str) -> Backbone:
+    """The catalogue's entry for `name`.
+
+    Raises:
+        BackboneError: for an unknown name; lists the known ones.
+    """
+    known = catalogue()
+    if name not in known:
+        raise BackboneError(f"unknown backbone '{name}'; there are: {', '.join(known)}")
+    return known[name]
+
+
+def recipe(name: str, profile: str) -> dict:
+    """Everything the built files depend on; the same on every machine."""
+    entry = find_backbone(name)
+    return {
+        "backbone": name,
+        "profile": profile if entry.profiles else "any",
+        "modules": module_fingerprint(f"reattend.backbones.{name}"),
+        "assets": {a: [m.sha256 for m in find(a).members] for a in entry.assets},
+        "backbones": {b: recipe(b, profile) for b in entry.backbones},
+    }
+
+
+def backbone_path(name: str, profile: str = "cpu") -> Path:
+    """Directory of a built backbone; builds it first, saying how long that takes, when missing.
+
+    Raises:
+        BackboneError, AssetError: when it is unknown, or something it is made from is missing.
+    """
+    directory = cache_directory() / "backbones" / f"{name}-{digest(recipe(name, profile))}"
+    if not directory.is_dir():
+        build(name, profile)
+    return directory
+
+
+def build(name: str, profile: str = "cpu") -> Path:
+    """Build a backbone unless it is there; return its directory.
+
+    Files appear in place only when all of them are written. Missing assets are fetched.
+    """
+    entry = find_backbone(name)
+    directory = cache_directory() / "backbones" / f"{name}-{digest(recipe(name, profile))}"
+    with locked(directory.with_name(directory.name + ".lock"), wait=True):
+        if directory.is_dir():
+            return directory
+        for asset in entry.assets:
+            try:
+                asset_path(asset)
+            except AssetError:
+                fetch(asset)
+        for other in entry.backbones:
+            build(other, profile)
+        expected = f"about {entry.seconds} s" if profile != "smoke" else "a few seconds"
+        print(f"building backbone '{name}' ({entry.about}): {expected}", flush=True)
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{name}-") as scratch:
+            target = Path(scratch) / name
+            target.mkdir()
+            importlib.import_module(f"reattend.backbones.{name}").build(target, profile)
+            shutil.move(target, directory)
+        print(f"built '{name}' in {time.monotonic() - started:.0f} s", flush=True)
+    return directory

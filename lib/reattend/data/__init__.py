@@ -1,0 +1,1 @@
+"""Loaders for the real data and generators for the synthetic tasks."""
