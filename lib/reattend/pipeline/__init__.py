@@ -1,0 +1,1 @@
+"""The command line: fetch, build, run, repro, report, compare, sync, tidy."""

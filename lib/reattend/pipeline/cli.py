@@ -1,0 +1,215 @@
+"""The command `reattend`. Each command imports what it needs, so that `--help` is immediate."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; exit code 0, 1 for a failed run or a difference, 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    sys.exit(_guarded(lambda: options.command(options)))
+
+
+def _guarded(command: Callable[[], int | None]) -> int:
+    from reattend.pipeline.errors import CommandError
+
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        print("\nreattend: stopped; earlier results are untouched", file=sys.stderr)
+        return 130
+    except CommandError as error:
+        print(f"reattend: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"reattend: {error.strerror}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 1
+    except (ValueError, RuntimeError) as error:
+        # Wrong records, parameters, assets and backbones: their messages name the cure.
+        if type(error).__module__.split(".")[0] != "reattend":
+            raise
+        print(f"reattend: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reattend", description="Replicate papers about attention; see README.md."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, function: Callable, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(command=function)
+        return command
+
+    fetch = add("fetch", _fetch, "fetch and verify assets (default: all that the papers need)")
+    fetch.add_argument("names", nargs="*", metavar="asset")
+
+    build = add("build", _build, "build backbones (default: all that the papers need)")
+    build.add_argument("names", nargs="*", metavar="backbone")
+    build.add_argument("--profile", help="smoke, cpu or gpu (default: that of params.yaml)")
+
+    run = add("run", _run, "execute one paper's notebook and keep its results")
+    run.add_argument("paper")
+    run.add_argument("--profile", help="smoke, cpu or gpu (default: that of params.yaml)")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another parameter value (results then go to build/study)",
+    )
+
+    repro = add("repro", _repro, "bring results up to date through DVC's graph")
+    repro.add_argument("papers", nargs="*", metavar="paper", help="default: all")
+    repro.add_argument("--profile", help="set the profile in params.yaml first")
+    repro.add_argument("--force", action="store_true", help="run even what is up to date")
+
+    add("report", _report, "write the scoreboard into figures/ and README.md")
+
+    compare = add("compare", _compare, "hold the results against the committed ones")
+    compare.add_argument("papers", nargs="*", metavar="paper", help="default: all")
+    compare.add_argument("--ref", default="HEAD", help="Git revision (default: HEAD)")
+
+    add("sync", _sync, "generate dvc.yaml and NOTICE.md from records and catalogues")
+    add("fingerprint", _fingerprint, "hash what each paper's results depend on (used by DVC)")
+
+    tidy = add("tidy", _tidy, "run a notebook at smoke and keep the outputs of its checked cells")
+    tidy.add_argument("papers", nargs="+", metavar="paper")
+    return parser
+
+
+def _root() -> Path:
+    from reattend.pipeline.errors import CommandError
+    from reattend.project import find_root
+
+    try:
+        return find_root()
+    except FileNotFoundError as error:
+        raise CommandError(str(error), exit_code=2) from None
+
+
+def _profile(root: Path, given: str | None) -> str:
+    from reattend.parameters import PROFILES, load_params
+    from reattend.pipeline.errors import CommandError
+
+    profile = given or load_params(root)["profile"]
+    if profile not in PROFILES:
+        raise CommandError(f"unknown profile '{profile}'; there are: {', '.join(PROFILES)}", 2)
+    return profile
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from reattend.assets.store import fetch, find
+    from reattend.pipeline.graph import load_records, needed_assets
+    from reattend.pipeline.manifests import write_asset_manifest
+
+    root = _root()
+    records = load_records(root).values()
+    names = options.names or sorted({name for record in records for name in needed_assets(record)})
+    for name in names:
+        find(name)
+    for name in names:
+        fetch(name)
+        write_asset_manifest(root, name)
+        print(f"{name}: verified")
+
+
+def _build(options: argparse.Namespace) -> None:
+    from reattend.backbones.store import build, find_backbone
+    from reattend.pipeline.graph import load_records, needed_backbones
+    from reattend.pipeline.manifests import write_backbone_manifest
+
+    root = _root()
+    profile = _profile(root, options.profile)
+    records = load_records(root).values()
+    names = options.names or list(
+        dict.fromkeys(name for record in records for name in needed_backbones(record))
+    )
+    for name in names:
+        find_backbone(name)
+    for name in names:
+        build(name, profile)
+        write_backbone_manifest(root, name, profile)
+        print(f"{name}: ready")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from reattend.pipeline.run import run
+
+    root = _root()
+    profile = _profile(root, options.profile)
+    target = run(root, options.paper, profile, _overrides(options.set))
+    print(f"{options.paper} ({profile}): results in {target.relative_to(root)}")
+
+
+def _overrides(assignments: list[str]) -> dict:
+    import yaml
+
+    from reattend.pipeline.errors import CommandError
+
+    overrides = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise CommandError(f"--set takes NAME=VALUE, got '{text}'", exit_code=2)
+        try:
+            overrides[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise CommandError(f"--set {name}: '{value}' is not a YAML value", 2) from None
+    return overrides
+
+
+def _repro(options: argparse.Namespace) -> int:
+    from reattend.pipeline.repro import repro
+
+    root = _root()
+    profile = _profile(root, options.profile)
+    return repro(root, options.papers, profile, force=options.force)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from reattend.pipeline.report import write_report
+
+    root = _root()
+    write_report(root, _profile(root, None))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from reattend.pipeline.compare import compare
+
+    root = _root()
+    return compare(root, options.papers, _profile(root, None), options.ref)
+
+
+def _sync(options: argparse.Namespace) -> None:
+    from reattend.pipeline.graph import sync
+    from reattend.pipeline.notice import write_notice
+
+    root = _root()
+    changed = [name for name, wrote in (("dvc.yaml", sync(root)), ("NOTICE.md", write_notice(root))) if wrote]
+    print(f"written: {', '.join(changed)}" if changed else "dvc.yaml and NOTICE.md are up to date")
+
+
+def _fingerprint(options: argparse.Namespace) -> None:
+    from reattend.pipeline.manifests import write_fingerprints
+
+    write_fingerprints(_root())
+
+
+def _tidy(options: argparse.Namespace) -> None:
+    from reattend.pipeline.run import tidy_paper
+
+    root = _root()
+    for slug in options.papers:
+        tidy_paper(root, slug)
+        print(f"{slug}: checked outputs renewed")
+
+
+if __name__ == "__main__":
+    main()

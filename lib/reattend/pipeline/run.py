@@ -1,0 +1,243 @@
+"""`reattend run`: execute one paper's notebook and keep its results only if all of it succeeded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from reattend.locks import Busy, locked
+from reattend.parameters import ParameterError, Parameters, profile_values, resolve
+from reattend.pipeline.errors import CommandError
+from reattend.pipeline.notebooks import Notebook, running_cell, tidy
+from reattend.project import results_directory, study_directory
+from reattend.records import load_record, record_paths
+
+TIMEOUT_FACTOR = 10  # a notebook is stopped after this many times its budget
+
+
+def run(root: Path, slug: str, profile: str, overrides: dict) -> Path:
+    """Execute the notebook of `slug` at `profile`; return the directory of its results.
+
+    Results go to figures/, or, with overrides, to build/study/, so that the committed reference is
+    only ever replaced by a run with the profile's own parameters. They are moved into place when the
+    whole notebook has succeeded.
+
+    Raises:
+        CommandError: wrong paper, profile or parameter (exit code 2, before a kernel starts), a cell
+            that failed, a kernel that died, a timeout, or another run of the same paper.
+    """
+    record_path = _record_path(root, slug)
+    record = load_record(record_path)
+    notebook = Notebook.read(record_path.with_suffix(".ipynb"))
+    check_parameters(root, notebook, slug, profile, overrides)
+    place = study_directory if overrides else results_directory
+    target = place(root, record.family, slug, profile)
+    executed = root / "build" / "executed" / record.family / f"{slug}.{profile}.ipynb"
+    timeout = TIMEOUT_FACTOR * getattr(record.budget_seconds, profile)
+    try:
+        with locked(root / "build" / "locks" / f"{slug}.lock", wait=False):
+            recover(root)
+            scratch = root / "build" / "running" / f"{slug}-{profile}"
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            try:
+                execute(notebook, executed, profile, overrides, scratch, timeout)
+                _check_complete(scratch, notebook)
+                replace_directory(scratch, target)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except Busy:
+        raise CommandError(f"'{slug}' is being run by another process; wait for it to end") from None
+    return target
+
+
+def tidy_paper(root: Path, slug: str) -> None:
+    """Execute a notebook at smoke and store the outputs of its checked cells in it, no others.
+
+    Raises:
+        CommandError: as `run`; the notebook is then left as it was.
+    """
+    path = _record_path(root, slug)
+    notebook = Notebook.read(path.with_suffix(".ipynb"))
+    check_parameters(root, notebook, slug, "smoke", {})
+    executed = root / "build" / "executed" / path.parent.name / f"{slug}.tidy.ipynb"
+    with tempfile.TemporaryDirectory() as scratch:
+        execute(notebook, executed, "smoke", {}, Path(scratch), timeout=600)
+    tidy(notebook, executed)
+
+
+def check_parameters(
+    root: Path, notebook: Notebook, slug: str, profile: str, overrides: dict
+) -> Parameters:
+    """Validate what the notebook would get, and that the machine has what the profile needs.
+
+    Raises:
+        CommandError: one line naming what is allowed.
+    """
+    try:
+        parameters = resolve(
+            notebook.parameter_model(), profile_values(root, slug, profile), overrides
+        )
+    except ParameterError as error:
+        raise CommandError(f"{slug}: {error}", exit_code=2) from None
+    if profile == "gpu" and not _has_gpu():
+        raise CommandError("profile 'gpu' needs a CUDA GPU, and none is visible; use 'cpu'", 2)
+    return parameters
+
+
+def execute(
+    notebook: Notebook,
+    executed: Path,
+    profile: str,
+    overrides: dict,
+    out: Path,
+    timeout: float,
+) -> None:
+    """Run all cells in a fresh kernel, writing the executed copy after each.
+
+    Raises:
+        CommandError: names the notebook, the cell and the copy to look at.
+    """
+    # Imported here: papermill takes half a second that other commands should not pay.
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    parameters = {"profile": profile} | ({"overrides": overrides} if overrides else {})
+    try:
+        with _environment(REATTEND_OUT=str(out), **_threads()), _interruptible():
+            papermill.execute_notebook(
+                str(notebook.path),
+                str(executed),
+                parameters=parameters,
+                kernel_name="python3",
+                cwd=str(notebook.path.parent),
+                progress_bar=sys.stderr.isatty(),
+                execution_timeout=int(timeout),
+                config=_kernel_config(),
+            )
+    except PapermillExecutionError as error:
+        what = f"{error.ename}: {error.evalue}"
+        raise _failure(notebook, executed, what, failed=error.source) from None
+    except CellTimeoutError:
+        raise _failure(notebook, executed, f"a cell did not end in {timeout:.0f} s") from None
+    except DeadKernelError:
+        raise _failure(notebook, executed, "the kernel died (out of memory?)") from None
+
+
+def recover(root: Path) -> None:
+    """Put back results that an interrupted `replace_directory` had moved aside."""
+    for aside in (root / "build" / "replaced").glob("*/*/*/*"):
+        target = root / aside.relative_to(root / "build" / "replaced")
+        if target.exists():
+            shutil.rmtree(aside)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside.rename(target)
+
+
+def replace_directory(source: Path, target: Path) -> None:
+    """Put `source` in the place of `target`; an interruption leaves one of the two whole.
+
+    Two renames: a crash between them leaves the old results in build/replaced, from where the next
+    command puts them back.
+    """
+    root = _root_of(target)
+    aside = root / "build" / "replaced" / target.relative_to(root)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if target.exists():
+            target.rename(aside)
+        source.rename(target)
+    except OSError as error:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        where = target.relative_to(root)
+        raise CommandError(f"cannot write {where}: {error.strerror}; earlier results kept") from None
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _root_of(target: Path) -> Path:
+    return next(p for p in target.parents if (p / "params.yaml").exists())
+
+
+def _record_path(root: Path, slug: str) -> Path:
+    papers = record_paths(root)
+    if slug not in papers:
+        raise CommandError(f"unknown paper '{slug}'; there are: {', '.join(papers)}", exit_code=2)
+    return papers[slug]
+
+
+def _check_complete(out: Path, notebook: Notebook) -> None:
+    if not (out / "results.json").exists():
+        raise CommandError(f"{notebook.name}: ended without results; its last cell is rep.finish()")
+
+
+def _failure(
+    notebook: Notebook, executed: Path, what: str, failed: str | None = None
+) -> CommandError:
+    """The error for a notebook that did not finish: which cell, why, and where to look."""
+    failed = failed or running_cell(executed)
+    lines = [line for line in what.strip().splitlines() if line.strip()]
+    where = executed.relative_to(notebook.root)
+    return CommandError(
+        f"{notebook.name}, {notebook.describe_cell(failed)}: {lines[0] if lines else 'failed'} "
+        f"(half-executed copy: {where}; earlier results are untouched)"
+    )
+
+
+def _kernel_config():
+    """Encrypt the connection to the kernel: an open one makes it print a warning at every start."""
+    from traitlets.config import Config
+
+    return Config({"KernelManager": {"transport_encryption": "auto"}})
+
+
+def _threads() -> dict[str, str]:
+    """One thread a kernel, unless OMP_NUM_THREADS says otherwise.
+
+    Sums are split by threads and round differently, so a fixed number makes results independent of
+    the machine's cores and of how many notebooks run at once.
+    """
+    return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+class _environment:
+    """Environment variables for the length of a `with` block (the kernel inherits them)."""
+
+    def __init__(self, **values: str) -> None:
+        self.values = values
+
+    def __enter__(self) -> None:
+        self.before = {name: os.environ.get(name) for name in self.values}
+        os.environ.update(self.values)
+
+    def __exit__(self, *_) -> None:
+        for name, value in self.before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+class _interruptible:
+    """Turn SIGTERM into KeyboardInterrupt, so that a stopped run also ends its kernel."""
+
+    def __enter__(self) -> None:
+        self.before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGTERM, self.before)
