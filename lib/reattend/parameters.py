@@ -69,7 +69,7 @@ def _check_bounds(name: str, value: float, bounds: dict[str, float]) -> None:
     for key, bound in bounds.items():
         if not getattr(operator, key)(value, bound):
             raise ValueError(
-                f"parameter '{name}': every element must be {_SIGNS[key]} {bound}, got {value}"
+                f"parameter '{name}': every element must be {_SIGNS[key]} {bound:g}, got {value}"
             )
 
 
@@ -81,7 +81,9 @@ def load_params(root: Path) -> dict:
     """
     path = root / "params.yaml"
     if not path.exists():
-        raise ParameterError(f"no params.yaml in the project's root; restore it from git ({path.name})")
+        raise ParameterError(
+            f"no params.yaml in the project's root; restore it from git ({path.name})"
+        )
     loaded = yaml.safe_load(path.read_text(encoding="utf8"))
     if not isinstance(loaded, dict) or not {"profile", "papers"} <= loaded.keys():
         raise ParameterError("params.yaml needs the keys 'profile' and 'papers'")
@@ -96,7 +98,9 @@ def profile_values(root: Path, slug: str, profile: str) -> dict[str, Any]:
     """
     papers = load_params(root)["papers"]
     if slug not in papers:
-        raise ParameterError(f"unknown paper '{slug}'; params.yaml has: {', '.join(sorted(papers))}")
+        raise ParameterError(
+            f"unknown paper '{slug}'; params.yaml has: {', '.join(sorted(papers))}"
+        )
     if profile not in PROFILES:
         raise ParameterError(f"unknown profile '{profile}'; there are: {', '.join(PROFILES)}")
     if profile not in papers[slug]:

@@ -61,7 +61,11 @@ class Test(_Strict):
     @model_validator(mode="after")
     def _margins_make_sense(self) -> Test:
         if self.better == "equal":
-            if self.margin is None or self.reproduced is not None or self.not_reproduced is not None:
+            if (
+                self.margin is None
+                or self.reproduced is not None
+                or self.not_reproduced is not None
+            ):
                 raise ValueError("'better: equal' takes 'margin' alone")
             return self
         if self.margin is not None:

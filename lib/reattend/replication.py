@@ -61,7 +61,7 @@ class Replication:
         self,
         slug: str,
         *,
-        Parameters: type[Parameters],  # noqa: N803  the class itself, as the notebook names it
+        Parameters: type[Parameters],
         profile: str,
         overrides: dict | None = None,
         seed: int = 0,
@@ -214,9 +214,7 @@ class Replication:
 
     def _run_facts(self, outcomes: list[ClaimOutcome]) -> dict:
         packages = ("torch", "transformers", "numpy", "pandas", "matplotlib")
-        timing = {
-            f"{o.id}.{t.id}": _numbers(t) for o in outcomes for t in o.tests if t.timing
-        }
+        timing = {f"{o.id}.{t.id}": _numbers(t) for o in outcomes for t in o.tests if t.timing}
         return {
             "seconds": round(time.monotonic() - self._started, 1),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
@@ -324,9 +322,16 @@ def _record_markdown(record) -> str:
         + " |"
         for claim in record.claims
     ]
-    table = "\n".join(["| claim | what the paper says | reported | how it is tested here |",
-                       "| --- | --- | --- | --- |", *rows])
-    return f"{record.citation}{code}\n\n{record.question}\n\n**Here:** {record.stands_on}\n\n{table}"
+    table = "\n".join(
+        [
+            "| claim | what the paper says | reported | how it is tested here |",
+            "| --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
+    return (
+        f"{record.citation}{code}\n\n{record.question}\n\n**Here:** {record.stands_on}\n\n{table}"
+    )
 
 
 def margins(test) -> str:
@@ -342,8 +347,7 @@ def margins(test) -> str:
 def _outcome_markdown(claim, outcome: ClaimOutcome) -> str:
     lines = [
         f"- {test.measures}: **{interval_text(o.effect, o.low, o.high)}** (n = {o.n}); {margins(test)} → "
-        f"{o.verdict}"
-        + (f"; points {', '.join(f'{p:.3g}' for p in o.points)}" if o.points else "")
+        f"{o.verdict}" + (f"; points {', '.join(f'{p:.3g}' for p in o.points)}" if o.points else "")
         for test, o in zip(claim.tests, outcome.tests, strict=True)
     ]
     reason = f" ({outcome.reason})" if outcome.reason else ""

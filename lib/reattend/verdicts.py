@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtr, stdtrit
 
 from reattend.records import Claim, Test
 
@@ -91,7 +91,7 @@ class Sample:
             effects = np.array([self.effect(draw) for draw in draws])
             if not np.isfinite(effects).all():
                 raise ValueError("the statistic is NaN or infinite on a resample")
-        tail = stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 - LEVEL) / 2, n - 1))
+        tail = ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - LEVEL) / 2))
         low, high = np.quantile(effects, [tail, 1 - tail])
         return float(low), float(high)
 
@@ -161,9 +161,7 @@ def decide(test: Test, measured: Sample | Exact) -> TestOutcome:
             raise ValueError(f"test '{test.id}': the effect is NaN or infinite")
     undecided = n < FEWEST and not test.exact
     verdict = INCONCLUSIVE if undecided else _against_margins(test, low, high)
-    return TestOutcome(
-        test.id, effect, low, high, n, verdict, test.control, test.timing, points
-    )
+    return TestOutcome(test.id, effect, low, high, n, verdict, test.control, test.timing, points)
 
 
 def _against_margins(test: Test, low: float, high: float) -> str:

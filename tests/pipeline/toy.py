@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -87,7 +88,7 @@ class Checkout:
         subprocess.run(["cp", "-r", ROOT / "lib" / "reattend", root / "lib"], check=True)
         for name in (".dvcignore", ".gitignore"):
             (root / name).write_text((ROOT / name).read_text())
-        params = {"profile": "cpu", "papers": {slug: VALUES for slug in papers}}
+        params = {"profile": "cpu", "papers": {slug: copy.deepcopy(VALUES) for slug in papers}}
         (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
         for slug in papers:
             self.write_paper(slug)

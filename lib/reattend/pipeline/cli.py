@@ -192,7 +192,11 @@ def _sync(options: argparse.Namespace) -> None:
     from reattend.pipeline.notice import write_notice
 
     root = _root()
-    changed = [name for name, wrote in (("dvc.yaml", sync(root)), ("NOTICE.md", write_notice(root))) if wrote]
+    changed = [
+        name
+        for name, wrote in (("dvc.yaml", sync(root)), ("NOTICE.md", write_notice(root)))
+        if wrote
+    ]
     print(f"written: {', '.join(changed)}" if changed else "dvc.yaml and NOTICE.md are up to date")
 
 

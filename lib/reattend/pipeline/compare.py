@@ -27,7 +27,7 @@ def compare(root: Path, papers: list[str], profile: str, ref: str) -> int:
     unknown = [slug for slug in papers if slug not in records]
     if unknown:
         raise CommandError(f"unknown paper '{unknown[0]}'; there are: {', '.join(records)}", 2)
-    if _git(root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}") is None:
+    if not has_revision(root, ref):
         raise CommandError(f"no Git revision '{ref}'", exit_code=2)
     different = 0
     for slug in papers or records:
@@ -40,6 +40,11 @@ def compare(root: Path, papers: list[str], profile: str, ref: str) -> int:
     count = len(papers or records)
     print(f"{count - different} of {count} papers agree with {ref} (profile {profile})")
     return int(bool(different))
+
+
+def has_revision(root: Path, ref: str) -> bool:
+    """Whether Git knows `ref` as a commit."""
+    return _git(root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}") is not None
 
 
 def compare_paper(root: Path, record: Record, profile: str, ref: str) -> list[str]:

@@ -16,6 +16,7 @@ from reattend.records import Claim, Record
 from reattend.verdicts import VERDICTS, interval_text
 
 NOT_RUN = "not run"
+SMOKE = "no verdict (smoke)"
 _BEGIN, _END = "<!-- scoreboard -->", "<!-- /scoreboard -->"
 _SIGNS = {
     "reproduced": "✅",
@@ -73,7 +74,7 @@ def summary(rows: list[Row]) -> str:
     """How many claims have which verdict, in one line."""
     counts = Counter(row.verdict for row in rows)
     papers = len({row.paper for row in rows})
-    parts = [f"{counts[v]} {v}" for v in (*VERDICTS, NOT_RUN) if counts[v]]
+    parts = [f"{counts[v]} {v}" for v in (*VERDICTS, SMOKE, NOT_RUN) if counts[v]]
     return f"{len(rows)} claims of {papers} papers: {', '.join(parts)}."
 
 
@@ -102,7 +103,7 @@ def _row(record: Record, claim: Claim, stored: dict, timing: dict, seconds: str)
         reported=claim.reported,
         ours="; ".join(_numbers(name, numbers) for name, numbers in tests.items()),
         n=", ".join(dict.fromkeys(str(t["n"]) for t in measured)),
-        verdict=stored.get("verdict") or NOT_RUN,
+        verdict=stored.get("verdict", NOT_RUN) or SMOKE,
         seconds=seconds,
     )
 

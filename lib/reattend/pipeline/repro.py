@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from reattend.assets.store import AssetError, asset_path
-from reattend.pipeline.compare import compare
+from reattend.pipeline.compare import compare, has_revision
 from reattend.pipeline.errors import CommandError
 from reattend.pipeline.graph import asset_manifest, load_records, needed_assets, sync
 from reattend.pipeline.manifests import write_text
@@ -43,7 +43,8 @@ def repro(root: Path, papers: list[str], profile: str, *, force: bool) -> int:
     failed = dvc(root, "repro", *options, *targets)
     rows = write_report(root, profile)
     print_scoreboard([row for row in rows if row.paper in chosen])
-    compare(root, chosen, profile, "HEAD")
+    if has_revision(root, "HEAD"):
+        compare(root, chosen, profile, "HEAD")
     if failed:
         print("some stages failed; their messages are above", file=sys.stderr)
     return int(bool(failed))
@@ -88,7 +89,11 @@ def print_scoreboard(rows: list[Row]) -> None:
     for row in rows:
         first = row.paper != last
         table.add_row(
-            row.paper if first else "", row.claim, row.ours, row.verdict, row.seconds if first else ""
+            row.paper if first else "",
+            row.claim,
+            row.ours,
+            row.verdict,
+            row.seconds if first else "",
         )
         last = row.paper
     Console().print(table)

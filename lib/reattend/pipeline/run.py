@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -51,7 +52,9 @@ def run(root: Path, slug: str, profile: str, overrides: dict) -> Path:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except Busy:
-        raise CommandError(f"'{slug}' is being run by another process; wait for it to end") from None
+        raise CommandError(
+            f"'{slug}' is being run by another process; wait for it to end"
+        ) from None
     return target
 
 
@@ -107,6 +110,7 @@ def execute(
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the raised error says it better
     executed.parent.mkdir(parents=True, exist_ok=True)
     parameters = {"profile": profile} | ({"overrides": overrides} if overrides else {})
     try:
@@ -132,8 +136,8 @@ def execute(
 
 def recover(root: Path) -> None:
     """Put back results that an interrupted `replace_directory` had moved aside."""
-    for aside in (root / "build" / "replaced").glob("*/*/*/*"):
-        target = root / aside.relative_to(root / "build" / "replaced")
+    for aside in (root / "build" / "replaced").glob("*"):
+        target = root / aside.name.replace(":", "/")
         if target.exists():
             shutil.rmtree(aside)
         else:
@@ -148,7 +152,7 @@ def replace_directory(source: Path, target: Path) -> None:
     command puts them back.
     """
     root = _root_of(target)
-    aside = root / "build" / "replaced" / target.relative_to(root)
+    aside = root / "build" / "replaced" / target.relative_to(root).as_posix().replace("/", ":")
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +164,9 @@ def replace_directory(source: Path, target: Path) -> None:
         if aside.exists() and not target.exists():
             aside.rename(target)
         where = target.relative_to(root)
-        raise CommandError(f"cannot write {where}: {error.strerror}; earlier results kept") from None
+        raise CommandError(
+            f"cannot write {where}: {error.strerror}; earlier results kept"
+        ) from None
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -1,0 +1,138 @@
+"""DVC's view: what re-runs and what does not, in a throw-away checkout."""
+
+import json
+import re
+
+import yaml
+
+
+def ran(output: str) -> set[str]:
+    return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def restored(checkout):
+    checkout.run("git", "checkout", "-q", ".", check=True)
+
+
+def test_nothing_to_do_after_a_run(checkout):
+    done = checkout.dvc("repro", check=True)
+    assert ran(done.stdout) == set()
+    assert "up to date" in checkout.dvc("status", check=True).stdout
+
+
+def test_a_fresh_clone_finds_committed_results_up_to_date(checkout, tmp_path):
+    checkout.run("git", "clone", "-q", checkout.root, tmp_path / "clone", check=True)
+    status = checkout.run(
+        "git", "-C", tmp_path / "clone", "ls-files", "figures/theory/toy_a/smoke", check=True
+    )
+    assert "results.json" in status.stdout
+    done = checkout.run("dvc", "--cd", tmp_path / "clone", "repro", "--allow-missing", check=True)
+    assert ran(done.stdout) == set()
+
+
+def test_a_parameter_reruns_its_paper_alone(checkout):
+    params = yaml.safe_load((checkout.root / "params.yaml").read_text())
+    params["papers"]["toy_a"]["smoke"]["n"] = 4
+    params["papers"]["toy_b"]["cpu"]["n"] = 7  # another profile: does not count
+    (checkout.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    done = checkout.dvc("repro", check=True)
+    assert ran(done.stdout) == {"replicate-toy_a", "report"}
+    results = json.loads((checkout.results("toy_a", "smoke") / "results.json").read_text())
+    assert results["parameters"]["n"] == 4
+    compared = checkout.reattend("compare")
+    assert compared.returncode == 1
+    assert "toy_a: gain toy 3: new" in compared.stdout
+    assert "1 of 2 papers agree with HEAD" in compared.stdout
+    restored(checkout)
+
+
+def test_comments_outputs_and_metadata_rerun_nothing(checkout):
+    edit(checkout.root / "lib/reattend/verdicts.py", "import math", "import math  # numbers")
+    notebook = json.loads(checkout.notebook("toy_a").read_text())
+    notebook["metadata"]["touched"] = True
+    notebook["cells"][5]["outputs"] = [
+        {"output_type": "stream", "name": "stdout", "text": "seen by hand"}
+    ]
+    checkout.notebook("toy_a").write_text(json.dumps(notebook))
+    done = checkout.dvc("repro", check=True)
+    assert ran(done.stdout) == {"fingerprint"}
+    restored(checkout)
+
+
+def test_editing_a_notebook_reruns_its_paper_and_a_failure_stops_no_other(checkout):
+    for slug in ("toy_a", "toy_b"):
+        edit(checkout.notebook(slug), "1 + P.scales", "2 + P.scales")
+    edit(checkout.notebook("toy_a"), "import numpy", "1 / 0\\nimport numpy")
+    done = checkout.reattend("repro", "--profile", "smoke")
+    assert done.returncode == 1
+    assert {"replicate-toy_a", "replicate-toy_b"} <= ran(done.stdout)
+    assert "ZeroDivisionError" in done.stderr
+    assert "2 claims of 2 papers" in done.stdout  # the scoreboard
+    assert "toy_b: gain toy" in done.stdout  # what differs from the committed results
+    kept = json.loads((checkout.results("toy_a", "smoke") / "results.json").read_text())
+    assert kept["measurements"][0]["value"] < 1.9  # the earlier results
+    fresh = json.loads((checkout.results("toy_b", "smoke") / "results.json").read_text())
+    assert fresh["measurements"][0]["value"] > 1.9
+    restored(checkout)
+
+
+def test_force_reruns_what_is_up_to_date_and_finds_it_the_same(checkout):
+    checkout.dvc("repro", check=True)
+    done = checkout.reattend("repro", "--force", "--profile", "smoke", "toy_a", check=True)
+    assert "replicate-toy_a" in ran(done.stdout)
+    assert "replicate-toy_b" not in ran(done.stdout)
+    assert "1 of 1 papers agree with HEAD" in done.stdout
+    restored(checkout)
+
+
+def test_repro_refuses_bad_input_before_running(checkout):
+    for arguments, words in (
+        (["toi"], "unknown paper 'toi'"),
+        (["--profile", "fast"], "unknown profile"),
+    ):
+        done = checkout.reattend("repro", *arguments)
+        assert done.returncode == 2
+        assert words in done.stderr
+    edit(checkout.root / "params.yaml", "n: 3", "n: 0")
+    done = checkout.reattend("repro", "--profile", "smoke")
+    assert done.returncode == 2
+    assert "toy_a: parameter 'n' = 0" in done.stderr
+    restored(checkout)
+
+
+def test_metrics_show_the_claims(checkout):
+    done = checkout.dvc("metrics", "show", "--json", check=True)
+    metrics = json.loads(done.stdout)
+    [paper] = [v for k, v in metrics[""]["data"].items() if "toy_a" in k]
+    assert paper["data"]["claims"]["gain"]["tests"]["mean"]["effect"] > 0.5
+
+
+def test_dvc_experiments_set_parameters(checkout):
+    done = checkout.dvc("exp", "run", "-S", "papers.toy_b.smoke.n=9")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((checkout.results("toy_b", "smoke") / "results.json").read_text())
+    assert results["parameters"]["n"] == 9
+    restored(checkout)
+
+
+def test_tidy_keeps_the_outputs_of_checked_cells_only(checkout):
+    checkout.reattend("tidy", "toy_a", check=True)
+    cells = json.loads(checkout.notebook("toy_a").read_text())["cells"]
+    outputs = [cell["outputs"] for cell in cells if cell["cell_type"] == "code"]
+    assert [len(each) for each in outputs] == [0, 0, 0, 1, 0, 0]
+    assert outputs[3][0]["text"] in ("42\n", ["42\n"])
+    before = checkout.notebook("toy_a").read_bytes()
+    checkout.reattend("tidy", "toy_a", check=True)
+    assert checkout.notebook("toy_a").read_bytes() == before
+    restored(checkout)
+
+
+def test_compare_names_bad_revisions(checkout):
+    done = checkout.reattend("compare", "--ref", "nowhere")
+    assert (done.returncode, "no Git revision 'nowhere'" in done.stderr) == (2, True)

@@ -1,0 +1,79 @@
+"""Records are checked, and errors name the file and the field."""
+
+import copy
+
+import pytest
+import yaml
+
+from reattend.records import RecordError, load_record, record_paths
+from tests.pipeline.toy import RECORD
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(change=lambda record: None):
+        record = copy.deepcopy(RECORD) | {"slug": "toy"}
+        change(record)
+        path = tmp_path / "theory" / "toy.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump(record))
+        return path
+
+    return _write
+
+
+def test_a_good_record_loads(write):
+    record = load_record(write())
+    assert record.claim("gain").tests[0].better == "higher"
+    assert "arXiv" not in record.citation
+    with pytest.raises(KeyError, match="it has: gain"):
+        record.claim("loss")
+
+
+def mean_test(record):
+    return record["claims"][0]["tests"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(claims=[]), r"toy.yaml: claims"),
+        (lambda r: r.pop("claims"), r"toy.yaml: claims"),
+        (lambda r: r.update(colour="red"), r"toy.yaml: colour"),
+        (lambda r: r.update(family="theories"), r"toy.yaml: family"),
+        (
+            lambda r: mean_test(r).update(not_reproduced=3.0),
+            r"claims.gain.tests.mean: margins overlap",
+        ),
+        (lambda r: mean_test(r).update(better="lower"), r"claims.gain.tests.mean: margins overlap"),
+        (lambda r: mean_test(r).update(better="equal"), r"tests.mean: 'better: equal' takes"),
+        (lambda r: mean_test(r).update(better="more"), r"claims.gain.tests.mean.better"),
+        (lambda r: mean_test(r).pop("reproduced"), r"tests.mean: 'reproduced' is missing"),
+        (lambda r: mean_test(r).update(margin=-1.0), r"tests.mean.margin"),
+        (lambda r: r["claims"][0].update(out_of_reach="x"), r"claims.gain: needs either"),
+        (lambda r: r["claims"][0].pop("tests"), r"claims.gain: needs either"),
+        (lambda r: r["claims"].append(r["claims"][0]), r"two claims have the same id"),
+        (lambda r: mean_test(r).update(control=True), r"not a control"),
+        (
+            lambda r: r.update(reported={"t": {"source": "s", "columns": ["a"], "rows": [[1, 2]]}}),
+            r"reported.t: row",
+        ),
+        (lambda r: r.update(slug="other"), r"slug and family"),
+    ],
+)
+def test_bad_records_name_file_and_field(write, change, message):
+    with pytest.raises(RecordError, match=message):
+        load_record(write(change))
+
+
+def test_broken_yaml_names_the_line(write):
+    path = write()
+    path.write_text("slug: toy\nclaims: [")
+    with pytest.raises(RecordError, match=r"toy.yaml, line \d: not valid YAML"):
+        load_record(path)
+
+
+def test_all_records_of_the_suite_are_sound(root):
+    for path in record_paths(root).values():
+        record = load_record(path)
+        assert len(record.claims) >= 3
