@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PAPERS ?=
 PROFILE ?=
+JOBS ?=
 INSTALLED := $(VENV)/.installed
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: help install repro report test test-faults study lint
 help:
 	@echo "make repro   fetch, build, and regenerate every table, figure and verdict"
-	@echo "             (PAPERS=\"flexprefill zoology\" PROFILE=smoke|cpu|gpu narrow it)"
+	@echo "             (PAPERS=\"flexprefill zoology\" PROFILE=smoke|cpu|gpu JOBS=2 narrow it)"
 	@echo "make study   open the notebooks in JupyterLab"
 	@echo "make test    unit tests, notebook regression tests, one pass of the pipeline"
 	@echo "make report  the scoreboard: figures/README.md and README.md"
@@ -27,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED)
 
 repro: install
-	$(BIN)/reattend repro --force $(if $(PROFILE),--profile $(PROFILE)) $(PAPERS)
+	$(BIN)/reattend repro --force $(if $(PROFILE),--profile $(PROFILE)) $(if $(JOBS),--jobs $(JOBS)) $(PAPERS)
 
 report: install
 	$(BIN)/reattend report

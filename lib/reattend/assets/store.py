@@ -306,9 +306,11 @@ def _contents(asset: Asset, package: Path) -> Iterator[tuple[str, BinaryIO]]:
             yield from _tar_files(archive)
     else:
         command = ["dpkg-deb", "--fsys-tarfile", str(package)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-                yield from _tar_files(archive)
+        with (
+            subprocess.Popen(command, stdout=subprocess.PIPE) as process,
+            tarfile.open(fileobj=process.stdout, mode="r|") as archive,
+        ):
+            yield from _tar_files(archive)
 
 
 def _tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, BinaryIO]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     repro.add_argument("papers", nargs="*", metavar="paper", help="default: all")
     repro.add_argument("--profile", help="set the profile in params.yaml first")
     repro.add_argument("--force", action="store_true", help="run even what is up to date")
+    repro.add_argument(
+        "-j", "--jobs", type=_positive, help="papers at a time (default: one a core)", metavar="N"
+    )
+    repro.add_argument(
+        "--scheduler", metavar="ADDRESS", help="a Dask scheduler whose workers share these files"
+    )
 
     add("report", _report, "write the scoreboard into figures/ and README.md")
 
@@ -82,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     tidy = add("tidy", _tidy, "run a notebook at smoke and keep the outputs of its checked cells")
     tidy.add_argument("papers", nargs="+", metavar="paper")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1, not '{text}'")
+    return int(text)
 
 
 def _root() -> Path:
@@ -140,8 +153,10 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from reattend.pipeline.orphans import end_with_repro
     from reattend.pipeline.run import run
 
+    end_with_repro()
     root = _root()
     profile = _profile(root, options.profile)
     target = run(root, options.paper, profile, _overrides(options.set))
@@ -166,11 +181,13 @@ def _overrides(assignments: list[str]) -> dict:
 
 
 def _repro(options: argparse.Namespace) -> int:
-    from reattend.pipeline.repro import repro
+    from reattend.pipeline.repro import Options, repro
 
     root = _root()
     profile = _profile(root, options.profile)
-    return repro(root, options.papers, profile, force=options.force)
+    jobs = options.jobs or os.cpu_count() or 1
+    asked = Options(jobs, force=options.force, scheduler=options.scheduler)
+    return repro(root, options.papers, profile, asked)
 
 
 def _report(options: argparse.Namespace) -> None:
