@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py zoology --rounds 5
 
-Interleaved rounds at smoke, whose results Git ignores; prints seconds of both, their paired difference, and the time that
-`reattend --help` and a `dvc repro` with nothing to do take.
+Interleaved rounds at smoke, whose results Git ignores. Prints seconds of both, their paired
+difference, and the time that `reattend --help` and a `dvc repro` with nothing to do take.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_unknown_paper_and_profile(root, tmp_path):
     known = next(iter(load_params(root)["papers"]))
     with pytest.raises(ParameterError, match="there are: smoke, cpu, gpu"):
         profile_values(root, known, "fast")
-    with pytest.raises(ParameterError, match="no params.yaml"):
+    with pytest.raises(ParameterError, match=r"no params\.yaml"):
         load_params(tmp_path)
     (tmp_path / "params.yaml").write_text("profile: cpu")
     with pytest.raises(ParameterError, match="needs the keys"):

@@ -171,6 +171,14 @@ def test_help_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_package_offers_attach_lazily():
+    code = (
+        "import sys, reattend; assert 'torch' not in sys.modules; print(reattend.attach.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "attach\n", done.stderr
+
+
 def test_tracked_files_are_small_and_clean(root):
     listed = subprocess.run(["git", "-C", root, "ls-files", "-z"], capture_output=True, text=True)
     if listed.returncode:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -43,7 +44,7 @@ def processes(checkout: Checkout) -> list[int]:
             continue
         try:
             where = os.readlink(f"/proc/{entry}/cwd")
-            dead = open(f"/proc/{entry}/stat").read().rpartition(")")[2].split()[0] == "Z"
+            dead = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
         except OSError:
             continue
         if where.startswith(str(checkout.root)) and not dead:

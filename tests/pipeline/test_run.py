@@ -209,3 +209,21 @@ def test_a_full_disk_keeps_earlier_results(bare):
     bare.write_paper("toy", full + EXPERIMENT)
     fails(bare.reattend("run", "toy", "--profile", "smoke"), 1, "cell 6", "No space left on device")
     untouched()
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("params.yaml", "n: 3", "n: 4"),
+        ("lib/reattend/verdicts.py", "FEWEST = 3", "FEWEST = 4"),
+        ("notebooks/theory/toy.yaml", "reproduced: 0.5", "reproduced: 0.4"),
+    ],
+)
+def test_edits_during_a_run_are_not_taken_for_what_ran(bare, path, old, new):
+    untouched = with_earlier_results(bare)
+    edit = f"p = __import__('pathlib').Path('../..') / {path!r}\n"
+    edit += f"assert {old!r} in p.read_text()\n"
+    edit += f"p.write_text(p.read_text().replace({old!r}, {new!r}))\n"
+    bare.write_paper("toy", EXPERIMENT + edit)
+    fails(bare.reattend("run", "toy", "--profile", "smoke"), 1, "edited while it ran")
+    untouched()

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from reattend.fingerprints import paper_fingerprint
 from reattend.locks import Busy, locked
 from reattend.parameters import ParameterError, Parameters, profile_values, resolve
 from reattend.pipeline.errors import CommandError
@@ -45,9 +46,14 @@ def run(root: Path, slug: str, profile: str, overrides: dict) -> Path:
             scratch = root / "build" / "running" / f"{slug}-{profile}"
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
+            inputs = _inputs(root, notebook, slug, profile)
             try:
                 execute(notebook, executed, profile, overrides, scratch, timeout)
                 _check_complete(scratch, notebook)
+                if _inputs(root, notebook, slug, profile) != inputs:
+                    raise CommandError(
+                        f"{slug}: its code or parameters were edited while it ran; run it again"
+                    )
                 replace_directory(scratch, target)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -179,6 +185,11 @@ def _record_path(root: Path, slug: str) -> Path:
     if slug not in papers:
         raise CommandError(f"unknown paper '{slug}'; there are: {', '.join(papers)}", exit_code=2)
     return papers[slug]
+
+
+def _inputs(root: Path, notebook: Notebook, slug: str, profile: str) -> tuple[dict, dict]:
+    """What the results will be said to follow from."""
+    return paper_fingerprint(notebook.path), profile_values(root, slug, profile)
 
 
 def _check_complete(out: Path, notebook: Notebook) -> None:
