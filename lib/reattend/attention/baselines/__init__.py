@@ -1,0 +1,1 @@
+"""Sparse-prefill baselines that the long-context papers compare against."""

@@ -1,0 +1,274 @@
+"""The interface of attention methods inside a language model, and the base of block-sparse ones.
+
+A method is two hooks, `prefill` and `decode`, dense by default (after the three hooks of
+sparse-frontier, of which cache compression is the third). It records its own measured density, so
+that no experiment reports a nominal one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from reattend.attention.block_sparse import Backend, block_sparse_attention, check_backend
+from reattend.attention.blocks import (
+    block_count,
+    causal_block_mask,
+    density,
+    query_block_count,
+)
+from reattend.attention.dense import causal_sdpa
+
+Phase = Literal["prefill", "decode"]
+
+
+class AttentionMethod:
+    """Dense attention, and the interface that every method overrides in part.
+
+    Tensors come from the model after the rotary embedding; key and value are not repeated over
+    grouped query heads and hold the cache, so keys >= queries and the last query stands at the last
+    key. `padding` is None or `Bool[Tensor, "batch keys"]`, True for real tokens; real tokens of a
+    sequence are contiguous. `per_sequence` reduces a padded batch to sequences without padding;
+    methods should use it rather than handle padding themselves.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def prefill(
+        self,
+        query: Float[Tensor, "batch query_heads queries dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        value: Float[Tensor, "batch key_heads keys dim"],
+        *,
+        scale: float,
+        layer: int,
+        padding: Bool[Tensor, "batch keys"] | None = None,
+    ) -> Float[Tensor, "batch query_heads queries dim"]:
+        """Attention of a prompt, or of a chunk behind a cache (queries < keys)."""
+        return self._dense(query, key, value, scale, layer, padding, phase="prefill")
+
+    def decode(
+        self,
+        query: Float[Tensor, "batch query_heads 1 dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        value: Float[Tensor, "batch key_heads keys dim"],
+        *,
+        scale: float,
+        layer: int,
+        padding: Bool[Tensor, "batch keys"] | None = None,
+    ) -> Float[Tensor, "batch query_heads 1 dim"]:
+        """Attention of one new token over the cache."""
+        return self._dense(query, key, value, scale, layer, padding, phase="decode")
+
+    def record(
+        self,
+        layer: int,
+        computed: Float[Tensor, "batch heads"],
+        *,
+        phase: Phase = "prefill",
+    ) -> None:
+        """Notes the density of one call, per sequence and head.
+
+        Args:
+            computed: shares in [0, 1], in blocks for block methods, in token pairs for others.
+        """
+        total, calls = self._recorded.get((phase, layer), (0.0, 0))
+        self._recorded[phase, layer] = (
+            total + computed.detach().double().sum(dim=0),
+            calls + computed.shape[0],
+        )
+
+    def density(self, phase: Phase = "prefill") -> float:
+        """Measured density, the mean over all recorded calls, layers and heads.
+
+        Raises:
+            ValueError: nothing was recorded in this phase.
+        """
+        return self.densities(phase).mean().item()
+
+    def densities(self, phase: Phase = "prefill") -> Float[Tensor, "layers heads"]:
+        """Measured density of each head, the mean over calls; rows are the layers in order.
+
+        Raises:
+            ValueError: nothing was recorded in this phase.
+        """
+        layers = sorted(layer for recorded, layer in self._recorded if recorded == phase)
+        if not layers:
+            raise ValueError(
+                f"no {phase} was recorded: run the model before asking for its density"
+            )
+        means = [total / calls for total, calls in (self._recorded[phase, n] for n in layers)]
+        return torch.stack(means).float().cpu()
+
+    def clear(self) -> None:
+        """Forgets the recorded densities."""
+        self._recorded: dict[tuple[Phase, int], tuple[Tensor | float, int]] = {}
+
+    def _dense(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        layer: int,
+        padding: Tensor | None,
+        phase: Phase,
+    ) -> Tensor:
+        """Dense attention, recorded with density 1."""
+        self.record(layer, query.new_ones(query.shape[:2]), phase=phase)
+        return per_sequence(
+            lambda q, k, v: causal_sdpa(q, k, v, scale=scale), query, key, value, padding
+        )
+
+
+class BlockSparseMethod(AttentionMethod, ABC):
+    """A method that selects key blocks for query blocks in prefill, and decodes densely.
+
+    A subclass implements `select`; attention, causality, padding, short sequences and the record of
+    the density are handled here.
+    """
+
+    def __init__(self, *, block_size: int = 64, backend: Backend = "auto") -> None:
+        """
+        Args:
+            block_size: tokens of a block.
+            backend: see `block_sparse_attention`.
+        """
+        super().__init__()
+        self.block_size = check_count("block_size", block_size, at_least=1)
+        self.backend = check_backend(backend)
+
+    @abstractmethod
+    def select(
+        self,
+        query: Float[Tensor, "batch query_heads queries dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        *,
+        scale: float,
+        layer: int,
+    ) -> Bool[Tensor, "batch query_heads query_blocks key_blocks"]:
+        """The blocks of each head, on the grid of `reattend.attention.blocks`; without gradients.
+
+        Never called for sequences that `is_short` says to attend densely, and never with padded
+        tokens. Blocks above the causal diagonal are ignored.
+        """
+
+    def is_short(self, keys: int) -> bool:
+        """Whether a sequence of `keys` tokens is attended densely; here: when it fits one block."""
+        return keys <= self.block_size
+
+    def block_mask(
+        self,
+        query: Float[Tensor, "batch query_heads queries dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        *,
+        scale: float | None = None,
+        layer: int = 0,
+    ) -> Bool[Tensor, "batch query_heads query_blocks key_blocks"]:
+        """The blocks that `prefill` computes: the causal selection, or all for a short sequence."""
+        queries, keys = query.shape[2], key.shape[2]
+        rows, columns = (
+            query_block_count(queries, keys, self.block_size),
+            block_count(keys, self.block_size),
+        )
+        causal = causal_block_mask(rows, columns, device=query.device)
+        if self.is_short(keys):
+            return causal.expand(*query.shape[:2], -1, -1)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        with torch.no_grad():
+            return self.select(query, key, scale=scale, layer=layer) & causal
+
+    def prefill(
+        self,
+        query: Float[Tensor, "batch query_heads queries dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        value: Float[Tensor, "batch key_heads keys dim"],
+        *,
+        scale: float,
+        layer: int,
+        padding: Bool[Tensor, "batch keys"] | None = None,
+    ) -> Float[Tensor, "batch query_heads queries dim"]:
+        """Attention over the selected blocks; causal by tokens inside the diagonal blocks."""
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            selected = self.block_mask(query, key, scale=scale, layer=layer)
+            self.record(layer, density(selected))
+            return block_sparse_attention(
+                query,
+                key,
+                value,
+                selected,
+                block_size=self.block_size,
+                scale=scale,
+                backend=self.backend,
+            )
+
+        return per_sequence(attend, query, key, value, padding)
+
+
+def per_sequence(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Float[Tensor, "batch query_heads queries dim"],
+    key: Float[Tensor, "batch key_heads keys dim"],
+    value: Float[Tensor, "batch key_heads keys dim"],
+    padding: Bool[Tensor, "batch keys"] | None,
+) -> Float[Tensor, "batch query_heads queries dim"]:
+    """Runs `attend` on each sequence cut to its real tokens; on the batch when none is padded.
+
+    Padded queries return zeros. So a sequence in a padded batch is computed exactly as it is alone:
+    padded keys are never attended, blocks start at the first real token, and densities count real
+    pairs.
+
+    Raises:
+        ValueError: the real tokens of a sequence are not contiguous.
+    """
+    if padding is None:
+        return attend(query, key, value)
+    queries, keys = query.shape[2], key.shape[2]
+    output = query.new_zeros(*query.shape[:3], value.shape[-1])
+    for sequence, (start, stop) in enumerate(_real_ranges(padding)):
+        # The queries are the last positions, so the first of them stands at keys - queries.
+        first, last = max(start - keys + queries, 0), stop - keys + queries
+        if first < last:
+            one = slice(sequence, sequence + 1)
+            output[one, :, first:last] = attend(
+                query[one, :, first:last], key[one, :, start:stop], value[one, :, start:stop]
+            )
+    return output
+
+
+def _real_ranges(padding: Bool[Tensor, "batch keys"]) -> list[tuple[int, int]]:
+    """First real token of each sequence, and the position behind its last."""
+    length = padding.sum(dim=-1)
+    start = padding.int().argmax(dim=-1)
+    position = torch.arange(padding.shape[-1], device=padding.device)
+    inside = (position >= start[:, None]) & (position < (start + length)[:, None])
+    if not torch.equal(inside, padding):
+        raise ValueError("the real tokens of a padded sequence must be contiguous")
+    return list(zip(start.tolist(), (start + length).tolist(), strict=True))
+
+
+def check_count(name: str, value: object, *, at_least: int = 0) -> int:
+    """Returns a whole number that passed the check.
+
+    Raises:
+        ValueError: `value` is no integer of at least `at_least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
+    return value
+
+
+def check_share(name: str, value: float) -> float:
+    """Returns a share that passed the check.
+
+    Raises:
+        ValueError: `value` does not lie in (0, 1].
+    """
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
+    return value

@@ -1,0 +1,140 @@
+"""Baselines: planted patterns, budgets, and their place in the common interface."""
+
+import pytest
+import torch
+
+from reattend.attention.baselines.block_topk import (
+    BlockTopK,
+    OracleTopK,
+    exact_block_mass,
+    pooled_scores,
+)
+from reattend.attention.baselines.streaming_llm import StreamingLLM
+from reattend.attention.baselines.vertical_slash import VerticalSlash, vertical_slash_blocks
+from reattend.attention.blocks import causal_block_mask, pool_blocks
+from reattend.attention.dense import dense_attention
+from reattend.attention.statistics import block_mass
+
+SIZE = 16
+METHODS = [
+    StreamingLLM(sink=16, window=32, block_size=SIZE),
+    VerticalSlash(verticals=2, slashes=2, block_size=SIZE),
+    BlockTopK(k=3, block_size=SIZE),
+    OracleTopK(k=3, block_size=SIZE),
+    OracleTopK(mass=0.8, block_size=SIZE),
+]
+
+
+def tensors(queries=111, keys=111, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(2, 6, queries, 8, generator=generator),
+        torch.randn(2, 3, keys, 8, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("queries", [111, 40])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_masks_are_causal_and_hold_sink_and_diagonal(method, queries):
+    query, key = tensors(queries)
+    blocks = method.block_mask(query, key)
+    rows, columns = blocks.shape[-2:]
+    assert not (blocks & ~causal_block_mask(rows, columns)).any()
+    assert blocks[..., 0].all()
+    assert blocks.diagonal(columns - rows, -2, -1).all()
+
+
+def test_streaming_window_in_blocks():
+    blocks = StreamingLLM(sink=1, window=20, block_size=SIZE).block_mask(*tensors(80, 80))
+    assert blocks[1, 5].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 0, 1, 1, 0],
+        [1, 0, 0, 1, 1],
+    ]
+
+
+def test_vertical_slash_finds_a_planted_column():
+    query, key = torch.zeros(1, 1, 128, 8), torch.zeros(1, 1, 128, 8)
+    query[..., 0] = 1
+    key[0, 0, 50, 0] = 100  # block 3
+    blocks = VerticalSlash(verticals=2, slashes=1, block_size=SIZE).block_mask(query, key)[0, 0]
+    expected = torch.eye(8, dtype=torch.bool)
+    expected[:, 0] = True
+    expected[3:, 3] = True
+    assert torch.equal(blocks, expected)
+
+
+def test_vertical_slash_finds_a_planted_diagonal():
+    query, key = 20 * torch.eye(128)[None, None], 20 * torch.eye(128)[None, None]
+    key = key.roll(
+        -40, dims=2
+    )  # key j answers to query j + 40: two block diagonals below the main one
+    blocks = VerticalSlash(verticals=1, slashes=2, block_size=SIZE).block_mask(query, key)[0, 0]
+    expected = torch.eye(8, dtype=torch.bool) | torch.diag(torch.ones(6), -2).bool()
+    expected[:, 0] = True
+    assert torch.equal(blocks, expected)
+
+
+def test_vertical_slash_union_behind_a_cache():
+    verticals = torch.tensor([[[True, False, True, False]]])
+    slashes = torch.tensor([[[True, False, False, True]]])
+    assert vertical_slash_blocks(verticals, slashes, 2)[0, 0].int().tolist() == [
+        [1, 0, 1, 0],
+        [1, 0, 1, 1],
+    ]
+
+
+def test_pooled_scores_are_products_of_means():
+    query, key = tensors()
+    scores = pooled_scores(query, key, SIZE, 0.3)
+    first = 0.3 * query[1, 4, 16:32].mean(0) @ key[1, 2, 96:111].mean(0)
+    torch.testing.assert_close(scores[1, 4, 1, 6], first)
+    behind_cache = pooled_scores(query[:, :, 71:], key, SIZE, 0.3)
+    whole = pool_blocks(query, SIZE)[:, :, 5:]
+    keys = pool_blocks(key, SIZE).repeat_interleave(2, dim=1)
+    expected = 0.3 * whole @ keys.transpose(-2, -1)
+    torch.testing.assert_close(behind_cache[:, :, 1:], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_budgets_are_kept():
+    query, key = tensors()
+    counts = BlockTopK(k=3, block_size=SIZE).block_mask(query, key).sum(-1)
+    assert counts[0, 0].tolist() == [1, 2, 3, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("queries", [111, 40])
+@pytest.mark.parametrize("rows_at_once", [16, 512])
+def test_exact_mass_equals_pooled_dense_weights(queries, rows_at_once, monkeypatch):
+    monkeypatch.setattr("reattend.attention.baselines.block_topk.ORACLE_ROWS", rows_at_once)
+    query, key = tensors(queries)
+    _, weights = dense_attention(query, key, key, scale=0.3, causal=True, return_weights=True)
+    torch.testing.assert_close(
+        exact_block_mass(query, key, SIZE, 0.3), block_mass(weights, SIZE), atol=1e-5, rtol=0
+    )
+
+
+def test_oracle_covers_more_than_any_other_choice_of_equal_size():
+    query, key = tensors()
+    mass = exact_block_mass(query, key, SIZE, 0.3)
+    oracle, pooled = (
+        (mass * method.block_mask(query, key, scale=0.3)).sum((-2, -1))
+        for method in (OracleTopK(k=3, block_size=SIZE), BlockTopK(k=3, block_size=SIZE))
+    )
+    assert (oracle >= pooled).all()
+    assert (oracle > pooled).any()
+
+
+def test_oracle_reaches_its_mass_in_every_row():
+    query, key = tensors()
+    mass = exact_block_mass(query, key, SIZE, 0.3)
+    blocks = OracleTopK(mass=0.8, block_size=SIZE).block_mask(query, key, scale=0.3)
+    assert ((mass * blocks).sum(-1) >= 0.8 * mass.sum(-1) - 1e-6).all()
+    assert blocks.float().mean() < causal_block_mask(7, 7).float().mean()
+
+
+def test_oracle_takes_exactly_one_budget():
+    for settings in ({}, {"k": 3, "mass": 0.5}):
+        with pytest.raises(ValueError, match="either k or mass"):
+            OracleTopK(**settings)
