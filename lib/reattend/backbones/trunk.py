@@ -1,0 +1,155 @@
+"""A small causal language model whose sequence mixer is a parameter.
+
+A mixer is a module from `[batch, length, width]` to the same shape, causal over `length`, with a
+method `state_size(length)`: how many numbers it must remember to continue a text of that length.
+Two attributes are optional:
+
+* `reads_tokens = True`: the mixer is called as `mixer(x, tokens)`;
+* `auxiliary_loss`: set in each training forward pass, summed by `Trunk.auxiliary_loss`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ModuleFactory = Callable[[int], nn.Module]
+"""Called with the width of the trunk; returns a mixer or a feed-forward module."""
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of trained scalars; tied tensors count once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def sinusoids(length: int, width: int) -> Float[Tensor, "length width"]:
+    """Sines and cosines of the position, at angles from pi down to pi / length a token.
+
+    A shift by one token is a rotation of them, so attention to the previous token is quickly learned.
+    """
+    pairs = (width + 1) // 2
+    rates = math.pi * (1 / length) ** ((torch.arange(pairs) + 0.5) / pairs)
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+
+
+class FeedForward(nn.Module):
+    """Position-wise two-layer network with GELU; `ratio` = hidden width / width."""
+
+    def __init__(self, width: int, ratio: int = 4):
+        super().__init__()
+        self.widen = nn.Linear(width, ratio * width)
+        self.narrow = nn.Linear(ratio * width, width)
+
+    def forward(
+        self, x: Float[Tensor, "batch length width"]
+    ) -> Float[Tensor, "batch length width"]:
+        return self.narrow(F.gelu(self.widen(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual layer: x + mixer(LN(x)), then, if asked for, x + feed_forward(LN(x))."""
+
+    def __init__(self, width: int, mixer: nn.Module, feed_forward: nn.Module | None):
+        super().__init__()
+        self.mixer_norm = nn.LayerNorm(width)
+        self.mixer = mixer
+        self.feed_forward_norm = None if feed_forward is None else nn.LayerNorm(width)
+        self.feed_forward = feed_forward
+
+    def forward(
+        self, x: Float[Tensor, "batch length width"], tokens: Int[Tensor, "batch length"]
+    ) -> Float[Tensor, "batch length width"]:
+        normed = self.mixer_norm(x)
+        reads_tokens = getattr(self.mixer, "reads_tokens", False)
+        x = x + (self.mixer(normed, tokens) if reads_tokens else self.mixer(normed))
+        if self.feed_forward is not None:
+            x = x + self.feed_forward(self.feed_forward_norm(x))
+        return x
+
+
+class Trunk(nn.Module):
+    """Token embedding, residual layers, final LayerNorm, head tied with the embedding.
+
+    `mixers` holds one factory per layer, so a hybrid is a list of different factories.
+    `positions` is the longest length with a learned absolute position; None: no positions. They start
+    as sinusoids of half the tokens' standard deviation, `embedding_std`.
+    `feed_forward=lambda width: nn.Identity()` gives the published Zoology stack, whose second
+    half-layer adds LN(x) to x; None leaves the second half-layer out.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int,
+        mixers: Sequence[ModuleFactory],
+        *,
+        positions: int | None = None,
+        feed_forward: ModuleFactory | None = None,
+        dropout: float = 0.0,
+        embedding_std: float = 0.02,
+    ):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        nn.init.normal_(self.tokens.weight, std=embedding_std)
+        self.positions = None
+        if positions is not None:
+            start = embedding_std / math.sqrt(2) * sinusoids(positions, width)
+            self.positions = nn.Embedding(positions, width, _weight=start)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(width, mixer(width), None if feed_forward is None else feed_forward(width))
+            for mixer in mixers
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def hidden(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
+        """States after the last layer and its norm.
+
+        Raises ValueError when the text is longer than the learned positions.
+        """
+        x = self.tokens(tokens)
+        if self.positions is not None:
+            length = tokens.shape[1]
+            if length > self.positions.num_embeddings:
+                raise ValueError(
+                    f"{length} tokens, but positions for {self.positions.num_embeddings}"
+                )
+            x = x + self.positions.weight[:length]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, tokens)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Tensor, "*places width"]) -> Float[Tensor, "*places vocabulary"]:
+        """Scores over the vocabulary: the tied head, on all states or on selected ones."""
+        return hidden @ self.tokens.weight.T
+
+    def forward(
+        self, tokens: Int[Tensor, "batch length"]
+    ) -> Float[Tensor, "batch length vocabulary"]:
+        return self.logits(self.hidden(tokens))
+
+    def auxiliary_loss(self) -> Float[Tensor, ""]:
+        """Sum of the mixers' own losses of the last forward pass; zero when none has one."""
+        losses = [b.mixer.auxiliary_loss for b in self.blocks if hasattr(b.mixer, "auxiliary_loss")]
+        return torch.stack(losses).sum() if losses else self.tokens.weight.new_zeros(())
+
+    def state_size(self, length: int) -> int:
+        """Numbers to remember, over all layers, to continue a text of `length` tokens."""
+        return sum(block.mixer.state_size(length) for block in self.blocks)
+
+
+def labelled_loss(
+    model: Trunk, tokens: Int[Tensor, "batch length"], labels: Int[Tensor, "batch length"]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy over the labels that are not -100, plus the mixers' auxiliary loss.
+
+    The head is computed at labelled positions only: with few labels it is most of the cost.
+    """
+    asked = labels != -100
+    answers = model.logits(model.hidden(tokens)[asked])
+    return F.cross_entropy(answers, labels[asked]) + model.auxiliary_loss()

@@ -1,0 +1,127 @@
+"""One training loop: AdamW, warm-up and cosine schedule, clipping, early stop, no silent NaN."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""Scalar loss of a model on one batch."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a gradient is not finite; the message names the step and the place."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What the optimiser does. The learning rate falls along a cosine to zero after `warmup` steps.
+
+    `clip` bounds the gradient norm; `warmup` and `steps` count optimiser steps.
+    """
+
+    steps: int
+    learning_rate: float
+    weight_decay: float = 0.1
+    warmup: int = 0
+    clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0 .. steps - 1."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass
+class TrainingLog:
+    """Loss of every step taken, and the steps at which the stopping test was asked."""
+
+    losses: list[float] = field(default_factory=list)
+    stopped_early: bool = False
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+
+def origin_of_divergence(model: nn.Module, loss: Loss, batch: Any) -> str:
+    """Name of the first parameter, else of the first module output, that is not finite."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"parameter {name}"
+    broken: list[str] = []
+
+    def watch(name: str):
+        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                broken.append(name or "the whole model")
+
+        return note
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules()]
+    try:
+        with torch.no_grad():
+            loss(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"output of {broken[0]}" if broken else "the loss itself"
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    plan: TrainingPlan,
+    *,
+    stop: Callable[[nn.Module], bool] | None = None,
+    check_every: int = 50,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> TrainingLog:
+    """Train `model` in place on the first `plan.steps` of `batches`; leave it in evaluation mode.
+
+    `stop(model)` is asked every `check_every` steps, in evaluation mode; True ends the training.
+    `progress` wraps the loop over steps (for instance `rep.progress`).
+    Raises TrainingDiverged, and ValueError when the batches run out.
+    """
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=plan.rate(0), betas=plan.betas, weight_decay=plan.weight_decay
+    )
+    log, source = TrainingLog(), iter(batches)
+    model.train()
+    for step in progress(range(plan.steps)):
+        try:
+            batch = next(source)
+        except StopIteration:
+            raise ValueError(f"batches ran out at step {step} of {plan.steps}") from None
+        for group in optimiser.param_groups:
+            group["lr"] = plan.rate(step)
+        optimiser.zero_grad()
+        value = loss(model, batch)
+        if not value.isfinite():
+            where = origin_of_divergence(model, loss, batch)
+            raise TrainingDiverged(f"loss is {value.item()} at step {step}: {where} is not finite")
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
+        if not norm.isfinite():
+            names = [n for n, p in model.named_parameters() if p.grad is not None]
+            bad = [n for n in names if not model.get_parameter(n).grad.isfinite().all()]
+            raise TrainingDiverged(
+                f"gradient is {norm.item()} at step {step}: {', '.join(bad) or 'its norm overflows'}"
+            )
+        optimiser.step()
+        log.losses.append(value.item())
+        if stop is not None and (step + 1) % check_every == 0:
+            model.eval()
+            log.stopped_early = stop(model)
+            if log.stopped_early:
+                break
+            model.train()
+    model.eval()
+    return log

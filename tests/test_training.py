@@ -1,0 +1,147 @@
+"""The training loop, against optimisers stepped by hand."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from reattend.training import TrainingDiverged, TrainingPlan, train
+
+
+def linear(seed=0, outputs=2):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
+
+
+def batches(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        x = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+        yield x, x[:, :2] ** 2
+
+
+def square_error(model, batch):
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def test_the_rate_rises_and_falls_along_a_cosine():
+    plan = TrainingPlan(steps=12, learning_rate=0.5, warmup=2)
+    rates = [plan.rate(step) for step in range(12)]
+    assert rates[:3] == [0.25, 0.5, 0.5]
+    assert rates[7] == pytest.approx(0.25)
+    assert rates[11] == pytest.approx(0.25 * (1 + math.cos(0.9 * math.pi)))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_it_equals_adamw_by_hand(seed):
+    plan = TrainingPlan(steps=9, learning_rate=0.03, weight_decay=0.2, warmup=3, clip=0.1)
+    model, other = linear(seed), linear(seed)
+    log = train(model, batches(seed), square_error, plan)
+
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in other.parameters()]
+    losses = []
+    for step, batch in enumerate(itertools.islice(batches(seed), 9)):
+        loss = square_error(other, batch)
+        losses.append(loss.item())
+        gradients = torch.autograd.grad(loss, list(other.parameters()))
+        norm = sum((g**2).sum() for g in gradients).sqrt()
+        scale = min(1.0, 0.1 / norm.item())
+        with torch.no_grad():
+            for parameter, gradient, (m, v) in zip(
+                other.parameters(), gradients, moments, strict=True
+            ):
+                gradient = gradient * scale
+                m.mul_(0.9).add_(0.1 * gradient)
+                v.mul_(0.999).add_(0.001 * gradient**2)
+                m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+                parameter.mul_(1 - plan.rate(step) * 0.2)
+                parameter.sub_(plan.rate(step) * m_hat / (v_hat.sqrt() + 1e-8))
+    assert log.losses == pytest.approx(losses)
+    for trained, expected in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(trained, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_two_runs_are_identical():
+    plan = TrainingPlan(steps=20, learning_rate=0.03)
+    first, second = linear(), linear()
+    assert train(first, batches(), square_error, plan).losses == (
+        train(second, batches(), square_error, plan).losses
+    )
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_stopping_test_sees_an_evaluated_model_at_the_right_steps():
+    asked = []
+
+    def stop(model):
+        asked.append(model.training)
+        return len(asked) == 3
+
+    model = linear()
+    log = train(
+        model,
+        batches(),
+        square_error,
+        TrainingPlan(steps=100, learning_rate=0.01),
+        stop=stop,
+        check_every=4,
+    )
+    assert asked == [False] * 3
+    assert log.steps == 12
+    assert log.stopped_early
+    assert not model.training
+
+
+def test_progress_wraps_the_steps():
+    seen = []
+
+    def progress(steps):
+        for step in steps:
+            seen.append(step)
+            yield step
+
+    plan = TrainingPlan(steps=5, learning_rate=0.01)
+    log = train(linear(), batches(), square_error, plan, progress=progress)
+    assert seen == [0, 1, 2, 3, 4]
+    assert not log.stopped_early
+
+
+def test_a_broken_parameter_is_named():
+    def poisoned():
+        for step, batch in enumerate(batches()):
+            if step == 3:
+                with torch.no_grad():
+                    model[2].weight[0, 0] = math.nan
+            yield batch
+
+    model = linear()
+    with pytest.raises(TrainingDiverged, match=r"nan at step 3: parameter 2\.weight"):
+        train(model, poisoned(), square_error, TrainingPlan(steps=9, learning_rate=0.01))
+
+
+def test_the_first_broken_layer_is_named():
+    class Square(nn.Module):
+        def forward(self, x):
+            return x * 1e200 * 1e200
+
+    model = nn.Sequential(nn.Linear(3, 2), Square(), nn.Linear(2, 2)).double()
+    with pytest.raises(TrainingDiverged, match="at step 0: output of 1 is not finite"):
+        train(model, batches(), square_error, TrainingPlan(steps=9, learning_rate=0.01))
+
+
+def test_a_broken_gradient_is_named():
+    def root(model, batch):
+        return (model(batch[0]) * 0).abs().sum().sqrt()  # 0, with an infinite slope
+
+    with pytest.raises(TrainingDiverged, match=r"gradient is nan at step 0: .*2\.weight"):
+        train(linear(), batches(), root, TrainingPlan(steps=9, learning_rate=0.01))
+
+
+def test_too_few_batches_are_an_error():
+    few = itertools.islice(batches(), 4)
+    with pytest.raises(ValueError, match="ran out at step 4 of 9"):
+        train(linear(), few, square_error, TrainingPlan(steps=9, learning_rate=0.01))
