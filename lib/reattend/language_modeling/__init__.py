@@ -1,0 +1,1 @@
+"""Language models trained from scratch: attention variants and what replaces attention."""
