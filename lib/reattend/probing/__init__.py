@@ -1,0 +1,1 @@
+"""What studies of probing share: the protocol of training and comparing probes, and figures."""
