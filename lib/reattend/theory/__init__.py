@@ -1,0 +1,1 @@
+"""Theory of attention: small models whose training can be followed weight by weight."""
