@@ -85,6 +85,8 @@ def _repro(
     outcomes = {slug: Outcome(1, 0.0, f"needs {gap}") for slug, gap in blocked.items()}
     if stale:
         times = {slug: before[slug].get("seconds") for slug in stale}
+        # The longest first, and first of all those never timed: a long one begun last would run alone.
+        stale.sort(key=lambda slug: -(times[slug] or float("inf")))
         executed = {slug: _executed(root, chosen[slug], profile) for slug in stale}
         with Display(times, executed, options.jobs) as display:
             outcomes |= run_stages(
