@@ -4,11 +4,13 @@
 else is imported from the module that defines it.
 """
 
+import importlib
+
 
 def __getattr__(name: str):
-    # Imported on first use: `import reattend` must not cost the seconds that torch takes.
+    # Imported on first use: `import reattend` must not cost the seconds that torch takes. And by
+    # name, which fingerprints do not follow: a paper depends on the attention core only if it
+    # imports it.
     if name == "attach":
-        from reattend.attention.host import attach
-
-        return attach
+        return importlib.import_module("reattend.attention.host").attach
     raise AttributeError(f"module 'reattend' has no attribute {name!r}")

@@ -135,12 +135,19 @@ def _table(rows: list[Row]) -> str:
         "| paper | claim | reported | ours (95 % interval) | n | verdict | s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines = [
-        f"| [{row.paper}](notebooks/{row.family}/{row.paper}.ipynb) | {row.says} | {row.reported} "
-        f"| {row.ours} | {row.n} | {_SIGNS.get(row.verdict, '')} {row.verdict} | {row.seconds} |"
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        says, reported, ours = (_cell(text) for text in (row.says, row.reported, row.ours))
+        paper = f"[{row.paper}](notebooks/{row.family}/{row.paper}.ipynb)"
+        verdict = f"{_SIGNS.get(row.verdict, '')} {row.verdict}".strip()
+        cells = [paper, says, reported, ours, row.n, verdict, row.seconds]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*head, *lines])
+
+
+def _cell(text: str) -> str:
+    """Text that may stand in a Markdown table: a norm's bars are no column borders."""
+    return text.replace("|", r"\|")
 
 
 def _figures_page(root: Path, rows: list[Row], profile: str) -> str:
