@@ -111,6 +111,8 @@ def execute(
     Raises:
         CommandError: names the notebook, the cell and the copy to look at.
     """
+    # jsonschema, if it can, compiles a grammar for web addresses: a second that no notebook needs.
+    sys.modules.setdefault("rfc3987_syntax", None)
     # Imported here: papermill takes half a second that other commands should not pay.
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
