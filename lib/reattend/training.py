@@ -40,9 +40,10 @@ class TrainingPlan:
 
 @dataclass
 class TrainingLog:
-    """Loss of every step taken, and the steps at which the stopping test was asked."""
+    """Loss of every step taken and norm of its gradient before clipping."""
 
     losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
     stopped_early: bool = False
 
     @property
@@ -82,11 +83,13 @@ def train(
     *,
     stop: Callable[[nn.Module], bool] | None = None,
     check_every: int = 50,
+    after_step: Callable[[int], None] = lambda step: None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> TrainingLog:
     """Train `model` in place on the first `plan.steps` of `batches`; leave it in evaluation mode.
 
     `stop(model)` is asked every `check_every` steps, in evaluation mode; True ends the training.
+    `after_step(step)` is called after each update, for instance to average weights or to measure.
     `progress` wraps the loop over steps (for instance `rep.progress`).
     Raises TrainingDiverged, and ValueError when the batches run out.
     """
@@ -117,6 +120,8 @@ def train(
             )
         optimiser.step()
         log.losses.append(value.item())
+        log.gradient_norms.append(norm.item())
+        after_step(step)
         if stop is not None and (step + 1) % check_every == 0:
             model.eval()
             log.stopped_early = stop(model)

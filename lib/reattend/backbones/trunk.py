@@ -2,14 +2,19 @@
 
 A mixer is a module from `[batch, length, width]` to the same shape, causal over `length`, with a
 method `state_size(length)`: how many numbers it must remember to continue a text of that length.
-Two attributes are optional:
+Optional:
 
 * `reads_tokens = True`: the mixer is called as `mixer(x, tokens)`;
-* `auxiliary_loss`: set in each training forward pass, summed by `Trunk.auxiliary_loss`.
+* `auxiliary_loss`: set in each training forward pass, summed by `Trunk.auxiliary_loss`;
+* a keyword `cache`: a dictionary that starts empty and that the mixer fills with what it must remember;
+  called again with it, the mixer continues the text (keys and values of attention, the state of a
+  recurrence).
 """
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +28,26 @@ ModuleFactory = Callable[[int], nn.Module]
 def parameter_count(model: nn.Module) -> int:
     """Number of trained scalars; tied tensors count once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def same_size(models: Mapping[str, nn.Module], tolerance: float = 0.01) -> int:
+    """Check that models to be compared have equally many parameters; return the largest count.
+
+    Args:
+        models: by name.
+        tolerance: how much smaller than the largest a model may be, as a share.
+
+    Raises:
+        ValueError: names the smallest and the largest model with their sizes.
+    """
+    counts = {name: parameter_count(model) for name, model in models.items()}
+    least, most = min(counts, key=counts.get), max(counts, key=counts.get)
+    if counts[least] < (1 - tolerance) * counts[most]:
+        raise ValueError(
+            f"models of different size: {least} has {counts[least]:,} parameters, "
+            f"{most} {counts[most]:,}; more than {tolerance:.0%} apart"
+        )
+    return counts[most]
 
 
 def sinusoids(length: int, width: int) -> Float[Tensor, "length width"]:
@@ -50,6 +75,14 @@ class FeedForward(nn.Module):
         return self.narrow(F.gelu(self.widen(x)))
 
 
+@dataclass
+class TrunkCache:
+    """What each layer's mixer remembers of the text so far, and how long it is in tokens."""
+
+    layers: list[dict]
+    length: int = 0
+
+
 class Block(nn.Module):
     """Pre-norm residual layer: x + mixer(LN(x)), then, if asked for, x + feed_forward(LN(x))."""
 
@@ -61,19 +94,23 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(
-        self, x: Float[Tensor, "batch length width"], tokens: Int[Tensor, "batch length"]
+        self,
+        x: Float[Tensor, "batch length width"],
+        tokens: Int[Tensor, "batch length"],
+        cache: dict | None = None,
     ) -> Float[Tensor, "batch length width"]:
-        normed = self.mixer_norm(x)
-        reads_tokens = getattr(self.mixer, "reads_tokens", False)
-        x = x + (self.mixer(normed, tokens) if reads_tokens else self.mixer(normed))
+        read = (tokens,) if getattr(self.mixer, "reads_tokens", False) else ()
+        remembered = {} if cache is None else {"cache": cache}
+        x = x + self.mixer(self.mixer_norm(x), *read, **remembered)
         if self.feed_forward is not None:
             x = x + self.feed_forward(self.feed_forward_norm(x))
         return x
 
 
 class Trunk(nn.Module):
-    """Token embedding, residual layers, final LayerNorm, head tied with the embedding.
+    """Token embedding, residual layers, final LayerNorm, head.
 
+    The head is the token embedding (`tied`), or a matrix of its own.
     `mixers` holds one factory per layer, so a hybrid is a list of different factories.
     `positions` is the longest length with a learned absolute position; None: no positions. They start
     as sinusoids of half the tokens' standard deviation, `embedding_std`.
@@ -91,6 +128,7 @@ class Trunk(nn.Module):
         feed_forward: ModuleFactory | None = None,
         dropout: float = 0.0,
         embedding_std: float = 0.02,
+        tied: bool = True,
     ):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
@@ -105,33 +143,51 @@ class Trunk(nn.Module):
             for mixer in mixers
         )
         self.norm = nn.LayerNorm(width)
+        self.head = self.tokens
+        if not tied:
+            self.head = nn.Embedding(vocabulary, width)
+            nn.init.normal_(self.head.weight, std=embedding_std)
 
-    def hidden(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
+    def start_cache(self) -> TrunkCache:
+        """An empty cache: hand it to each call, and the calls continue one text.
+
+        Raises ValueError when a mixer has no cached form.
+        """
+        for block in self.blocks:
+            if "cache" not in inspect.signature(block.mixer.forward).parameters:
+                raise ValueError(f"{type(block.mixer).__name__} has no cached form")
+        return TrunkCache([{} for _ in self.blocks])
+
+    def hidden(
+        self, tokens: Int[Tensor, "batch length"], cache: TrunkCache | None = None
+    ) -> Float[Tensor, "batch length width"]:
         """States after the last layer and its norm.
 
         Raises ValueError when the text is longer than the learned positions.
         """
         x = self.tokens(tokens)
+        start, length = (0 if cache is None else cache.length), tokens.shape[1]
         if self.positions is not None:
-            length = tokens.shape[1]
-            if length > self.positions.num_embeddings:
+            if start + length > self.positions.num_embeddings:
                 raise ValueError(
-                    f"{length} tokens, but positions for {self.positions.num_embeddings}"
+                    f"{start + length} tokens, but positions for {self.positions.num_embeddings}"
                 )
-            x = x + self.positions.weight[:length]
+            x = x + self.positions.weight[start : start + length]
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, tokens)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, tokens, None if cache is None else cache.layers[layer])
+        if cache is not None:
+            cache.length += length
         return self.norm(x)
 
     def logits(self, hidden: Float[Tensor, "*places width"]) -> Float[Tensor, "*places vocabulary"]:
-        """Scores over the vocabulary: the tied head, on all states or on selected ones."""
-        return hidden @ self.tokens.weight.T
+        """Scores over the vocabulary: the head, on all states or on selected ones."""
+        return hidden @ self.head.weight.T
 
     def forward(
-        self, tokens: Int[Tensor, "batch length"]
+        self, tokens: Int[Tensor, "batch length"], cache: TrunkCache | None = None
     ) -> Float[Tensor, "batch length vocabulary"]:
-        return self.logits(self.hidden(tokens))
+        return self.logits(self.hidden(tokens, cache))
 
     def auxiliary_loss(self) -> Float[Tensor, ""]:
         """Sum of the mixers' own losses of the last forward pass; zero when none has one."""

@@ -37,11 +37,14 @@ def split_documents(
 ) -> tuple[list[str], list[str]]:
     """Split documents at random, never within one, into (training, held out).
 
+    A document that occurs several times counts once (of the 2,225 news articles 98 are repeats).
+
     Args:
         texts: the documents.
         held_out: share of the documents to hold out, in (0, 1).
         seed: of the shuffle.
     """
+    texts = list(dict.fromkeys(texts))
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
     cut = round(len(texts) * held_out)

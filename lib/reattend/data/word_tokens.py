@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -48,10 +49,18 @@ class Vocabulary:
         return [self.entries[token] for token in tokens.tolist()]
 
 
-def token_stream(texts: Iterable[str], vocabulary: Vocabulary) -> Int[Tensor, " tokens"]:
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Anything that turns a text into tokens, with token 1, END, left free to close a document."""
+
+    def encode(self, text: str) -> Int[Tensor, " tokens"]:
+        """Tokens of a text, without END."""
+
+
+def token_stream(texts: Iterable[str], tokenizer: Tokenizer) -> Int[Tensor, " tokens"]:
     """All texts in one row, END after each."""
     end = torch.tensor([END])
-    return torch.cat([part for text in texts for part in (vocabulary.encode(text), end)])
+    return torch.cat([part for text in texts for part in (tokenizer.encode(text), end)])
 
 
 def random_windows(
@@ -70,13 +79,13 @@ def random_windows(
 
 
 def document_rows(
-    texts: Iterable[str], vocabulary: Vocabulary, length: int
+    texts: Iterable[str], tokenizer: Tokenizer, length: int
 ) -> Int[Tensor, "documents length"]:
     """The first `length` tokens of every text that has as many; one row per document.
 
     Raises ValueError when no text is long enough.
     """
-    encoded = [vocabulary.encode(text) for text in texts]
+    encoded = [tokenizer.encode(text) for text in texts]
     rows = [tokens[:length] for tokens in encoded if len(tokens) >= length]
     if not rows:
         raise ValueError(f"no text has {length} tokens")
