@@ -288,7 +288,7 @@ def lee_documents() -> PairSet:
     return _pair_set(rows, "regression")
 
 
-def word_similarities(name: Literal["simlex", "wordsim"]) -> PairSet:
+def word_similarities(name: str) -> PairSet:
     """Pairs of words with mean human similarity in [0, 10]: SimLex-999 or WordSim-353; all test."""
     files = {"simlex": "simlex999.txt", "wordsim": "wordsim353.tsv"}
     if name not in files:

@@ -336,7 +336,7 @@ def _choose(settings: SceneSettings, members: tuple, random: np.random.Generator
     """Cut-outs of one scene, by class first, so that classes are equally frequent."""
     count = int(random.integers(settings.objects[0], settings.objects[1] + 1))
     while True:
-        labels = random.integers(len(CLASSES), size=count)
+        labels = random.integers(len(CLASSES), size=count).tolist()
         if count > 1 and random.random() < settings.bias:
             labels[1] = (labels[0] + 1) % len(CLASSES)
         pairs = [(a, b) for i, a in enumerate(labels) for b in labels[:i]]
@@ -368,7 +368,8 @@ def _place(
         for index, picture in enumerate(pictures):
             moves = index < len(cut_outs) and settings.frames > 1
             dx, dy = list(MOTIONS.values())[motions[index]] if moves else (0, 0)
-            place = _free_place(picture.size, size, taken, (dx * travel, dy * travel), random)
+            path = (dx * travel, dy * travel)
+            place = _free_place(picture.size, size, taken, path, random)
             if place is None:
                 break
             places.append(place)
@@ -380,7 +381,7 @@ def _place(
 def _free_place(
     shape: tuple[int, int],
     size: int,
-    taken: list[tuple[float, float, float, float]],
+    taken: list[tuple],
     travel: tuple[float, float],
     random: np.random.Generator,
 ) -> tuple[int, int] | None:
@@ -388,14 +389,14 @@ def _free_place(
     width, height = shape[0] + abs(travel[0]), shape[1] + abs(travel[1])
     if width > size or height > size:
         return None
-    for x, y in random.integers(
-        0, (size - int(width), size - int(height)), size=(40, 2), endpoint=True
-    ):
+    corner = (size - int(width), size - int(height))
+    drawn = random.integers(0, corner, size=(40, 2), endpoint=True)
+    for x, y in drawn.tolist():
         box = (x, y, x + width, y + height)
         if all(_apart(box, other) for other in taken):
             taken.append(box)
             # A move to the left or up starts at the far side of the swept box.
-            return int(x - min(travel[0], 0)), int(y - min(travel[1], 0))
+            return round(x - min(travel[0], 0)), round(y - min(travel[1], 0))
     return None
 
 
@@ -436,4 +437,4 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return (0, 0, 0, 0)
-    return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

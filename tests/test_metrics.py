@@ -1,0 +1,17 @@
+"""Rank correlation against scipy's definition by hand, ranks of answers with ties."""
+
+import numpy as np
+import torch
+
+from reattend.metrics import ranks_of_answers, spearman
+
+
+def test_spearman_by_hand():
+    # Ranks 1 2 3 4 against 2 1 4 3: 1 - 6 * 4 / (4 * 15).
+    assert abs(spearman(np.array([1.0, 2, 3, 4]), np.array([0.2, 0.1, 0.9, 0.7])) - 0.6) < 1e-12
+    assert spearman(np.ones(4), np.arange(4.0)) == 0
+
+
+def test_ranks_count_ties_against_the_answer():
+    scores = torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.5, 0.4], [0.3, 0.2, 0.1]])
+    assert ranks_of_answers(scores).tolist() == [1, 2, 3]
