@@ -130,8 +130,8 @@ class TextEncoder(nn.Module):
         return [states, *self._layers(states, tokens.mask, 0, self.frozen)][-1]
 
     def _layers(self, states: Tensor, mask: Tensor, first: int, last: int) -> list[Tensor]:
-        hidden_score = torch.finfo(states.dtype).min
-        scores = torch.where(mask, 0.0, hidden_score).to(states.dtype)[:, None, None, :]
+        scores = torch.zeros(mask.shape, dtype=states.dtype, device=states.device)
+        scores = scores.masked_fill(~mask, torch.finfo(states.dtype).min)[:, None, None, :]
         extra = {}
         if isinstance(self.model, MPNetModel):
             extra["position_bias"] = self.model.encoder.compute_position_bias(states)
