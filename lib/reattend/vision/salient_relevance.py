@@ -490,7 +490,9 @@ def scale_saliency(
     others = torch.cat([f[0] for f in found], 1), torch.cat([f[1] for f in found])
     distances = dissimilarity(values, centres, *others, context.position)
     distances.diagonal(dim1=1, dim2=2).fill_(math.inf)
-    nearest = distances.topk(min(context.neighbours, distances.shape[-1] - 1), largest=False, sorted=False).values
+    nearest = distances.topk(
+        min(context.neighbours, distances.shape[-1] - 1), largest=False, sorted=False
+    ).values
     return (1 - torch.exp(-nearest.mean(-1))).unflatten(1, grid)
 
 
