@@ -11,6 +11,7 @@ method to its new verdict. Prints medians and the ratio to plain `dvc repro` of 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -29,10 +30,12 @@ STAGES = 65
 
 def timed(root: Path, *arguments: str) -> float:
     """Seconds of a Python module run as a command in `root`; a failure ends the benchmark."""
+    # The copy's own library, and the commands of this environment for the stages that DVC starts.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(root / "lib")}
+    command = [sys.executable, "-m", *arguments]
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=root, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
     return time.perf_counter() - started
