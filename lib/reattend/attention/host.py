@@ -41,10 +41,10 @@ def attach(
             model.generate(**prompt)
         print(method.density())
 
-    Prompts (whole or in chunks behind a cache) go to `method.prefill`, single new tokens to
-    `method.decode`. Batches may be padded on either side: a padded sequence is computed as it would
-    be alone. Layers with a sliding window keep the model's own attention and are not part of the
-    method's record. Attachments may be nested; the innermost one counts.
+    Prompts (whole or in chunks behind a cache) go to `method.prefill` and `method.begin_decoding`,
+    single new tokens to `method.decode`. Batches may be padded on either side: a padded sequence is
+    computed as it would be alone. Layers with a sliding window keep the model's own attention and
+    are not part of the method's record. Attachments may be nested; the innermost one counts.
 
     Args:
         model: a causal language model of transformers; None only builds the method, for use on
@@ -169,15 +169,16 @@ def _attention_of(method: AttentionMethod):
                 **settings,
             )
         _refuse_what_no_method_honours(module, attention_mask, dropout, settings)
-        hook = method.decode if query.shape[2] == 1 and key.shape[2] > 1 else method.prefill
-        output = hook(
-            query,
-            key,
-            value,
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            layer=module.layer_idx,
-            padding=attention_mask,
-        )
+        call = {
+            "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+            "layer": module.layer_idx,
+            "padding": attention_mask,
+        }
+        if query.shape[2] == 1 and key.shape[2] > 1:
+            output = method.decode(query, key, value, **call)
+        else:
+            output = method.prefill(query, key, value, **call)
+            method.begin_decoding(query, key, **call)
         return output.transpose(1, 2).contiguous(), None
 
     return attend

@@ -1,12 +1,12 @@
 """The interface of attention methods inside a language model, and the base of block-sparse ones.
 
-A method is two hooks, `prefill` and `decode`, dense by default (after the three hooks of
-sparse-frontier, of which cache compression is the third). It records its own measured density, so
-that no experiment reports a nominal one.
+A method is three hooks, `prefill`, `begin_decoding` and `decode`, dense by default (after
+sparse-frontier, whose hooks are prefill, cache compression and decoding). It records its own
+measured density and what it reads of the cache, so that no experiment reports nominal numbers.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -31,9 +31,18 @@ class AttentionMethod:
     Tensors come from the model after the rotary embedding; key and value are not repeated over
     grouped query heads and hold the cache, so keys >= queries and the last query stands at the last
     key. `padding` is None or `Bool[Tensor, "batch keys"]`, True for real tokens; real tokens of a
-    sequence are contiguous. `per_sequence` reduces a padded batch to sequences without padding;
-    methods should use it rather than handle padding themselves.
+    sequence are contiguous. `per_sequence` and `unpadded` reduce a padded batch to sequences without
+    padding; methods should use them rather than handle padding themselves.
+
+    Attributes:
+        kv_reads: what decoding has read so far: entries of the cache (a key and its value, of one
+            key head at one position) that were attended.
+        selection_reads: what it has read besides, to choose them, in the same unit: a key alone
+            counts 1/2.
     """
+
+    kv_reads: int
+    selection_reads: float
 
     def __init__(self) -> None:
         self.clear()
@@ -50,6 +59,21 @@ class AttentionMethod:
     ) -> Float[Tensor, "batch query_heads queries dim"]:
         """Attention of a prompt, or of a chunk behind a cache (queries < keys)."""
         return self._dense(query, key, value, scale, layer, padding, phase="prefill")
+
+    def begin_decoding(
+        self,
+        query: Float[Tensor, "batch query_heads queries dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        *,
+        scale: float,
+        layer: int,
+        padding: Bool[Tensor, "batch keys"] | None = None,
+    ) -> None:
+        """Chooses what decoding will read; called after each prompt, or chunk of one.
+
+        The model's cache keeps every entry: a method that compresses the cache reads only what it
+        kept. Of a prompt in chunks it sees the queries of the last one.
+        """
 
     def decode(
         self,
@@ -82,6 +106,11 @@ class AttentionMethod:
             calls + computed.shape[0],
         )
 
+    def count_reads(self, entries: int, *, to_choose: float = 0.0) -> None:
+        """Adds what one decoding call read to `kv_reads` and `selection_reads`."""
+        self.kv_reads += entries
+        self.selection_reads += to_choose
+
     def density(self, phase: Phase = "prefill") -> float:
         """Measured density, the mean over all recorded calls, layers and heads.
 
@@ -105,8 +134,10 @@ class AttentionMethod:
         return torch.stack(means).float().cpu()
 
     def clear(self) -> None:
-        """Forgets the recorded densities."""
+        """Forgets the recorded densities and reads."""
         self._recorded: dict[tuple[Phase, int], tuple[Tensor | float, int]] = {}
+        self.kv_reads = 0
+        self.selection_reads = 0.0
 
     def _dense(
         self,
@@ -120,6 +151,9 @@ class AttentionMethod:
     ) -> Tensor:
         """Dense attention, recorded with density 1."""
         self.record(layer, query.new_ones(query.shape[:2]), phase=phase)
+        if phase == "decode":
+            real = key.shape[0] * key.shape[2] if padding is None else int(padding.sum())
+            self.count_reads(real * key.shape[1])
         return per_sequence(
             lambda q, k, v: causal_sdpa(q, k, v, scale=scale), query, key, value, padding
         )
@@ -228,17 +262,38 @@ def per_sequence(
     """
     if padding is None:
         return attend(query, key, value)
-    queries, keys = query.shape[2], key.shape[2]
     output = query.new_zeros(*query.shape[:3], value.shape[-1])
-    for sequence, (start, stop) in enumerate(_real_ranges(padding)):
-        # The queries are the last positions, so the first of them stands at keys - queries.
-        first, last = max(start - keys + queries, 0), stop - keys + queries
-        if first < last:
-            one = slice(sequence, sequence + 1)
-            output[one, :, first:last] = attend(
-                query[one, :, first:last], key[one, :, start:stop], value[one, :, start:stop]
-            )
+    for rows, queries, keys in unpadded(query.shape[2], key, padding):
+        output[rows, :, queries] = attend(
+            query[rows, :, queries], key[rows, :, keys], value[rows, :, keys]
+        )
     return output
+
+
+def unpadded(
+    queries: int,
+    key: Float[Tensor, "batch key_heads keys dim"],
+    padding: Bool[Tensor, "batch keys"] | None,
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Parts of a batch that hold no padding: (rows of the batch, queries, keys), as slices.
+
+    The whole batch without padding; else each sequence that has real queries.
+
+    Args:
+        queries: number of queries; they are the last positions.
+
+    Raises:
+        ValueError: the real tokens of a sequence are not contiguous.
+    """
+    if padding is None:
+        yield slice(None), slice(None), slice(None)
+        return
+    for sequence, (start, stop) in enumerate(_real_ranges(padding)):
+        # The first query stands at keys - queries.
+        shift = queries - key.shape[2]
+        first, last = max(start + shift, 0), stop + shift
+        if first < last:
+            yield slice(sequence, sequence + 1), slice(first, last), slice(start, stop)
 
 
 def _real_ranges(padding: Bool[Tensor, "batch keys"]) -> list[tuple[int, int]]:

@@ -15,6 +15,12 @@ METHODS = {
     "vertical_slash": "reattend.attention.baselines.vertical_slash:VerticalSlash",
     "block_topk": "reattend.attention.baselines.block_topk:BlockTopK",
     "oracle_topk": "reattend.attention.baselines.block_topk:OracleTopK",
+    "streaming_cache": "reattend.attention.baselines.cache_bounds:StreamingCache",
+    "snapkv": "reattend.attention.baselines.snapkv:SnapKV",
+    "ada_snapkv": "reattend.attention.baselines.snapkv:AdaSnapKV",
+    "h2o": "reattend.attention.baselines.h2o:H2O",
+    "quest": "reattend.attention.baselines.quest:Quest",
+    "oracle_cache": "reattend.attention.baselines.cache_bounds:OracleCache",
     "flexprefill": "reattend.long_context.flexprefill:FlexPrefill",
 }
 

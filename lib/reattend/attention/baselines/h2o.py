@@ -1,0 +1,82 @@
+"""H2O: the cache keeps the entries that have received most attention so far, and recent ones.
+
+Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
+Models", NeurIPS 2023, arXiv 2306.14048. What is evicted never comes back.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from reattend.attention.kv_selection import (
+    KVSelection,
+    best_entries,
+    group_heads,
+    received_attention,
+)
+from reattend.attention.method import check_count
+
+
+@dataclass
+class HeavyHitters:
+    """Attention received so far, and what is still kept."""
+
+    received: Float[Tensor, "batch key_heads keys"]
+    kept: Bool[Tensor, "batch key_heads keys"]
+
+
+class H2O(KVSelection):
+    """A fixed number of entries per key head, half of them heavy hitters, half the most recent."""
+
+    def __init__(self, *, budget: int = 1024, recent: int | None = None) -> None:
+        """
+        Args:
+            budget: entries that a key head reads for each token, the token's own among them.
+            recent: how many of them are the most recent ones; half of them when None.
+
+        Raises:
+            ValueError: a setting out of range.
+        """
+        super().__init__()
+        self.budget = check_count("budget", budget, at_least=1)
+        recent = max(budget // 2, 1) if recent is None else recent
+        self.recent = check_count("recent", recent, at_least=1)
+        if recent > budget:
+            raise ValueError(f"recent ({recent}) must not exceed budget ({budget})")
+
+    def begin(
+        self,
+        query: Float[Tensor, "batch query_heads queries dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        *,
+        scale: float,
+    ) -> HeavyHitters:
+        received = group_heads(received_attention(query, key, scale=scale), key.shape[1])
+        total = received.sum(dim=2)
+        return HeavyHitters(total, torch.ones_like(total, dtype=torch.bool))
+
+    def choose(
+        self,
+        query: Float[Tensor, "batch query_heads 1 dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        state: HeavyHitters,
+        *,
+        scale: float,
+    ) -> Bool[Tensor, "batch key_heads keys"]:
+        """Evicts for good what neither is recent nor has received enough."""
+        keys = key.shape[2]
+        new = keys - state.received.shape[-1]
+        state.received = F.pad(state.received, (0, new))
+        kept = F.pad(state.kept, (0, new), value=True)
+        recent = torch.arange(keys, device=key.device) >= keys - self.recent
+        scores = state.received.masked_fill(recent, float("inf")).masked_fill(~kept, float("-inf"))
+        state.kept = best_entries(scores, self.budget) & kept
+        return state.kept
+
+    def observe(
+        self, weights: Float[Tensor, "batch key_heads group keys"], state: HeavyHitters
+    ) -> None:
+        state.received = state.received + weights.sum(dim=2)
