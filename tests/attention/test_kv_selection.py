@@ -362,6 +362,7 @@ def test_h2o_against_a_loop():
         weights = weights * chosen[:, :, None]
         method.observe(weights, state)
         received = [r + w for r, w in zip(received, weights[0, 0].sum(0).tolist(), strict=True)]
+        torch.testing.assert_close(state.received[0, 0], torch.tensor(received))
 
 
 def test_h2o_starts_from_the_attention_of_the_whole_prompt():

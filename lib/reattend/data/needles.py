@@ -30,6 +30,7 @@ KEYS = [
 # fmt: on
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 DIGITS = 5
+LISTED = 8
 
 
 @runtime_checkable
@@ -59,6 +60,8 @@ class NeedleSample:
         task: name of the task.
         prompt: token ids of prose, needles and question.
         answer: token ids that a correct greedy continuation starts with.
+        scored: for each token of the answer, whether it counts. Tokens between two answers, which
+            no model can know, do not.
         prose: for each prompt position, whether it belongs to the prose.
         depth: where the answer's needle starts, as a share of the prompt.
     """
@@ -66,6 +69,7 @@ class NeedleSample:
     task: str
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    scored: tuple[bool, ...]
     prose: tuple[bool, ...]
     depth: float
 
@@ -112,11 +116,20 @@ def word_pairs(random_state: random.Random, distractors: int) -> Facts:
     return _shuffled(random_state, needles, f"\n\nThe partner of {key} is", f" {value}")
 
 
+def word_list(random_state: random.Random, distractors: int) -> Facts:
+    """Named lists of words; the words of one are asked, which is an answer of some length."""
+    names = random_state.sample(KEYS, distractors + 1)
+    lists = [", ".join(random_state.sample(KEYS, LISTED)) for _ in names]
+    needles = [f" The {n} list: {words}." for n, words in zip(names, lists, strict=True)]
+    return _shuffled(random_state, needles, f"\n\nThe {names[0]} list:", f" {lists[0]}")
+
+
 TASKS = {
     "magic_numbers": magic_numbers,
     "variable_value": variable_value,
     "variable_link": variable_link,
     "word_pairs": word_pairs,
+    "word_list": word_list,
 }
 
 
@@ -185,7 +198,7 @@ def needle_samples(
     random_state = random.Random(f"{task} {length} {seed} {distractors}")
     for number in range(count):
         facts = TASKS[task](random_state, distractors)
-        yield _compose(haystack, task, facts, length, (number + 0.5) / count, random_state)
+        yield hide(haystack, task, facts, length, (number + 0.5) / count, random_state)
 
 
 @dataclass(frozen=True)
@@ -193,9 +206,10 @@ class Score:
     """How a model did on one sample.
 
     Attributes:
-        exact_match: whether the greedy continuation starts with the answer.
-        answer_nll: mean negative log-likelihood of the answer's tokens, in nats.
-        prose_nll: the same of the prose late in the prompt.
+        exact_match: whether the greedy continuation starts with the answer, at every token that
+            counts.
+        answer_nll: mean negative log-likelihood of the answer's tokens that count, in nats.
+        prose_nll: the same of the prose late in the prompt; not a number where there is none.
     """
 
     exact_match: bool
@@ -224,6 +238,7 @@ def score_sample(
     """
     prompt = torch.tensor(sample.prompt, device=model.device)
     answer = torch.tensor(sample.answer, device=model.device)
+    scored = torch.tensor(sample.scored, device=model.device)
     late = torch.tensor(sample.late_prose(late_share), device=model.device)
     # A token is predicted one position before it; the last position predicts the answer's first.
     asked = torch.cat([late - 1, late.new_tensor([len(prompt) - 1])])
@@ -234,13 +249,13 @@ def score_sample(
         decoded = model(answer[None, :-1], past_key_values=read.past_key_values, use_cache=True)
         logits = torch.cat([logits, decoded.logits[0]])
     return Score(
-        exact_match=bool((logits.argmax(dim=-1) == answer).all()),
-        answer_nll=F.cross_entropy(logits.float(), answer).item(),
+        exact_match=bool((logits.argmax(dim=-1) == answer)[scored].all()),
+        answer_nll=F.cross_entropy(logits.float()[scored], answer[scored]).item(),
         prose_nll=F.cross_entropy(read.logits[0, :-1].float(), prompt[late]).item(),
     )
 
 
-def _compose(
+def hide(
     haystack: Haystack,
     task: str,
     facts: Facts,
@@ -248,7 +263,15 @@ def _compose(
     depth: float,
     random_state: random.Random,
 ) -> NeedleSample:
-    """Insert the needles after sentence ends, the target near `depth`, the others anywhere."""
+    """Insert the needles after sentence ends, the target near `depth`, the others anywhere.
+
+    Args:
+        length: exact length of the prompt with the question, in tokens.
+        depth: where the target should stand, as a share of the prose.
+
+    Raises:
+        ValueError: when the needles do not fit.
+    """
     needles = [haystack.encode(needle) for needle in facts.needles]
     question = haystack.encode(facts.question)
     room = length - sum(map(len, needles)) - len(question)
@@ -275,10 +298,12 @@ def _compose(
         start = place
     prompt += prose[start:] + question
     is_prose += [True] * (room - start) + [False] * len(question)
+    answer = haystack.encode(facts.answer)
     return NeedleSample(
         task=task,
         prompt=tuple(prompt),
-        answer=tuple(haystack.encode(facts.answer)),
+        answer=tuple(answer),
+        scored=(True,) * len(answer),
         prose=tuple(is_prose),
         depth=found_at / length,
     )

@@ -22,10 +22,9 @@ from reattend.attention.method import check_count
 
 @dataclass
 class HeavyHitters:
-    """Attention received so far, and what is still kept."""
+    """Attention that each entry has received so far, from the query heads of its group."""
 
     received: Float[Tensor, "batch key_heads keys"]
-    kept: Bool[Tensor, "batch key_heads keys"]
 
 
 class H2O(KVSelection):
@@ -55,8 +54,7 @@ class H2O(KVSelection):
         scale: float,
     ) -> HeavyHitters:
         received = group_heads(received_attention(query, key, scale=scale), key.shape[1])
-        total = received.sum(dim=2)
-        return HeavyHitters(total, torch.ones_like(total, dtype=torch.bool))
+        return HeavyHitters(received.sum(dim=2))
 
     def choose(
         self,
@@ -66,15 +64,15 @@ class H2O(KVSelection):
         *,
         scale: float,
     ) -> Bool[Tensor, "batch key_heads keys"]:
-        """Evicts for good what neither is recent nor has received enough."""
+        """The most recent entries and those that have received most.
+
+        An entry that fell out never comes back: it receives nothing any more, and every heavy
+        hitter was above it already.
+        """
         keys = key.shape[2]
-        new = keys - state.received.shape[-1]
-        state.received = F.pad(state.received, (0, new))
-        kept = F.pad(state.kept, (0, new), value=True)
+        state.received = F.pad(state.received, (0, keys - state.received.shape[-1]))
         recent = torch.arange(keys, device=key.device) >= keys - self.recent
-        scores = state.received.masked_fill(recent, float("inf")).masked_fill(~kept, float("-inf"))
-        state.kept = best_entries(scores, self.budget) & kept
-        return state.kept
+        return best_entries(state.received.masked_fill(recent, float("inf")), self.budget)
 
     def observe(
         self, weights: Float[Tensor, "batch key_heads group keys"], state: HeavyHitters
