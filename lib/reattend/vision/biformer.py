@@ -207,8 +207,12 @@ def window(
     """Attention inside size x size windows; `shifted` moves their grid by half a window (Swin).
 
     Shifted windows that reach over the border are split there: their parts do not see each other.
+
+    Raises:
+        ValueError: the size does not divide height and width.
     """
     height, width = query.shape[1:3]
+    _check_divides("window", size, height, width)
     mask = None
     if shifted:
         query, key, value = (x.roll((-(size // 2),) * 2, (1, 2)) for x in (query, key, value))
@@ -239,8 +243,7 @@ def dilated(
         ValueError: the interval does not divide height and width.
     """
     height, width = query.shape[1:3]
-    if height % interval or width % interval:
-        raise ValueError(f"interval {interval} does not divide {height} x {width} tokens")
+    _check_divides("interval", interval, height, width)
 
     def grouped(x: Tensor) -> Tensor:
         spread = x.unflatten(2, (-1, interval)).unflatten(1, (-1, interval))
@@ -261,8 +264,13 @@ def sliding(
     heads: int,
     scale: float,
 ) -> Float[Tensor, "batch height width channels"]:
-    """Blocks of queries see themselves and a halo around them (HaloNet); the padding is masked."""
+    """Blocks of queries see themselves and a halo around them (HaloNet); the padding is masked.
+
+    Raises:
+        ValueError: the block does not divide height and width.
+    """
     height, width = query.shape[1:3]
+    _check_divides("block", block, height, width)
     size = block + 2 * halo
 
     def around(x: Tensor) -> Tensor:
@@ -273,6 +281,11 @@ def sliding(
     blocks = partition(query, height // block, width // block)
     mixed = attend(blocks, around(key), around(value), heads=heads, scale=scale, mask=inside)
     return unpartition(mixed, height // block, height, width)
+
+
+def _check_divides(name: str, size: int, height: int, width: int) -> None:
+    if height % size or width % size:
+        raise ValueError(f"{name} {size} does not divide {height} x {width} tokens")
 
 
 # The module ---------------------------------------------------------------------------------------
@@ -553,13 +566,18 @@ def displaced_pairs(
     """Put two pictures into random regions that do not touch; half of the pairs are of one class.
 
     A picture fills its region; the canvas is black elsewhere.
+
+    Args:
+        classes: numbers 0, 1, ..., each of at least one picture.
+        items: number of pairs.
+        side: regions a side.
     """
     first = torch.randint(len(pictures), (items,), generator=generator)
     labels = torch.randint(2, (items,), generator=generator)
     order = classes.argsort(stable=True)
     counts = classes.bincount()
     starts = counts.cumsum(0) - counts
-    share = torch.rand(items, generator=generator)
+    share = torch.rand(items, generator=generator)  # picks the mate, or the stranger's class
     own = classes[first]
     mate = order[starts[own] + (share * counts[own]).long()]
     other = (own + 1 + (share * (len(counts) - 1)).long()) % len(counts)

@@ -1,0 +1,453 @@
+"""The Sparse Frontier: six training-free sparse attention methods under one cost model.
+
+Nawrot et al., "The Sparse Frontier: Sparse Attention Trade-offs in Transformer LLMs", 2025, arXiv
+2504.17768; claims of version 1 (April 2025), cost formulas of version 3 (appendix B). Three of the
+methods read the prompt sparsely and decode densely; they are here, with the paper's selection of
+single tokens. The other three decode sparsely: SnapKV, Ada-SnapKV and Quest, in
+`reattend.attention.baselines`.
+
+A prefill method is a mask over (query, key) pairs, and attention under it is masked dense attention:
+this is a study of what the masks keep, not of kernels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import log2
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from reattend.attention.baselines.block_topk import pooled_scores
+from reattend.attention.baselines.vertical_slash import last_weights
+from reattend.attention.block_sparse import Backend
+from reattend.attention.blocks import diagonal_sums, top_k_blocks
+from reattend.attention.method import (
+    AttentionMethod,
+    BlockSparseMethod,
+    check_count,
+    check_share,
+    per_sequence,
+)
+
+# Prefill methods ------------------------------------------------------------------------------------
+
+
+class LineMethod(AttentionMethod, ABC):
+    """Prefill over columns of keys and diagonals of constant distance, per query head.
+
+    Both are ranked by the attention that the last queries of the prompt pay to them. A subclass says
+    how many of each are kept.
+    """
+
+    def __init__(self, *, last_queries: int = 256, sink: int = 4, local: int = 64) -> None:
+        """
+        Args:
+            last_queries: queries at the end of the prompt whose attention ranks the lines.
+            sink: columns at the start that are always kept.
+            local: diagonals next to the main one, itself included, that are always kept.
+        """
+        super().__init__()
+        self.last_queries = check_count("last_queries", last_queries, at_least=1)
+        self.sink = check_count("sink", sink)
+        self.local = check_count("local", local, at_least=1)
+
+    @abstractmethod
+    def budget(
+        self, mass: Float[Tensor, "batch heads keys"], forced: int
+    ) -> Int[Tensor, "#batch #heads"]:
+        """Lines to keep of those with this mass, `forced` of them in any case."""
+
+    def lines(
+        self,
+        query: Float[Tensor, "batch query_heads queries dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        *,
+        scale: float,
+    ) -> tuple[Bool[Tensor, "batch query_heads keys"], Bool[Tensor, "batch query_heads keys"]]:
+        """The columns that each head keeps, and its diagonals by their distance query - key."""
+        vertical, slash = line_mass(last_weights(query, key, self.last_queries, scale))
+        return (
+            best_lines(vertical, self.budget(vertical, self.sink), self.sink),
+            best_lines(slash, self.budget(slash, self.local), self.local),
+        )
+
+    def prefill(
+        self,
+        query: Float[Tensor, "batch query_heads queries dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        value: Float[Tensor, "batch key_heads keys dim"],
+        *,
+        scale: float,
+        layer: int,
+        padding: Bool[Tensor, "batch keys"] | None = None,
+    ) -> Float[Tensor, "batch query_heads queries dim"]:
+        """Attention over the union of the kept lines; the record counts pairs of tokens."""
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with torch.no_grad():
+                mask = line_mask(*self.lines(query, key, scale=scale), query.shape[2])
+            self.record(layer, pair_density(mask))
+            # The main diagonal is always kept, so no row of the mask is empty.
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+            )
+
+        return per_sequence(attend, query, key, value, padding)
+
+
+class VerticalSlashTokens(LineMethod):
+    """Vertical-Slash: as many columns as diagonals, the same number in every head."""
+
+    def __init__(
+        self, *, lines: int = 1024, last_queries: int = 256, sink: int = 4, local: int = 64
+    ) -> None:
+        """
+        Args:
+            lines: columns, and diagonals, of each head (k_v = k_s), the forced ones among them.
+
+        Raises:
+            ValueError: a setting out of range, or fewer lines than are forced.
+        """
+        super().__init__(last_queries=last_queries, sink=sink, local=local)
+        self.kept = check_count("lines", lines, at_least=max(sink, local))
+
+    def budget(
+        self, mass: Float[Tensor, "batch heads keys"], forced: int
+    ) -> Int[Tensor, "#batch #heads"]:
+        return torch.full((1, 1), self.kept, device=mass.device)
+
+
+class FlexVerticalSlash(LineMethod):
+    """FlexPrefill as the paper runs it: Vertical-Slash whose budget follows the input.
+
+    The query-aware pattern and the switch between patterns of FlexPrefill are left out.
+    """
+
+    def __init__(
+        self,
+        *,
+        coverage: float = 0.8,
+        least: int = 512,
+        last_queries: int = 512,
+        sink: int = 4,
+        local: int = 64,
+    ) -> None:
+        """
+        Args:
+            coverage: alpha, the share of attention mass that columns, and diagonals, must hold.
+            least: columns, and diagonals, of every head in any case.
+        """
+        super().__init__(last_queries=last_queries, sink=sink, local=local)
+        self.coverage = check_share("coverage", coverage)
+        self.least = check_count("least", least)
+
+    def budget(
+        self, mass: Float[Tensor, "batch heads keys"], forced: int
+    ) -> Int[Tensor, "#batch #heads"]:
+        """One number for the heads of a layer: what the most demanding of them needs."""
+        needed = lines_to_cover(mass, self.coverage).amax(dim=1, keepdim=True)
+        return needed.clamp_min(max(self.least, forced))
+
+
+class BlockSparse(BlockSparseMethod):
+    """Block-Sparse: the key chunks whose mean key agrees best with the mean query of a chunk.
+
+    The scores are plain products, without scale and softmax: only their order counts. The first
+    chunk, the diagonal one and the one before it are always kept, within the budget.
+    """
+
+    def __init__(
+        self, *, top_chunks: int = 64, block_size: int = 16, backend: Backend = "auto"
+    ) -> None:
+        """
+        Args:
+            top_chunks: key chunks of each query chunk; fewer than the forced ones mean those alone.
+            block_size: tokens of a chunk.
+        """
+        super().__init__(block_size=block_size, backend=backend)
+        self.top_chunks = check_count("top_chunks", top_chunks, at_least=1)
+
+    def select(
+        self,
+        query: Float[Tensor, "batch query_heads queries dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        *,
+        scale: float,
+        layer: int,
+    ) -> Bool[Tensor, "batch query_heads query_blocks key_blocks"]:
+        scores = pooled_scores(query, key, self.block_size, 1.0)
+        return top_k_blocks(scores, self.top_chunks, sink=1, local=1)
+
+
+def line_mass(
+    weights: Float[Tensor, "batch heads last_queries keys"],
+) -> tuple[Float[Tensor, "batch heads keys"], Float[Tensor, "batch heads keys"]]:
+    """Attention summed over each column (vertical score) and each diagonal (slash score)."""
+    return weights.sum(dim=-2), diagonal_sums(weights)
+
+
+def best_lines(
+    mass: Float[Tensor, "batch heads keys"],
+    count: Int[Tensor, "#batch #heads"],
+    forced: int,
+) -> Bool[Tensor, "batch heads keys"]:
+    """The `count` heaviest lines of each head, the first `forced` lines before all others."""
+    ranked = mass.clone()
+    ranked[..., :forced] = torch.inf
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    kept = torch.arange(mass.shape[-1], device=mass.device) < count[..., None]
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, order, kept.expand_as(order))
+
+
+def lines_to_cover(
+    mass: Float[Tensor, "batch heads keys"], coverage: float
+) -> Int[Tensor, "batch heads"]:
+    """Smallest number of lines, the heaviest first, that hold at least this share of the mass."""
+    ranked = mass.double().sort(dim=-1, descending=True).values
+    running = ranked.cumsum(dim=-1)
+    # Compared with its own end, so that a coverage of 1 does not lose the tail to rounding.
+    return (running < coverage * running[..., -1:]).sum(dim=-1) + 1
+
+
+def line_mask(
+    columns: Bool[Tensor, "batch heads keys"],
+    diagonals: Bool[Tensor, "batch heads keys"],
+    queries: int,
+) -> Bool[Tensor, "batch heads queries keys"]:
+    """Causal union of columns and diagonals; the last query stands at the last key."""
+    keys = columns.shape[-1]
+    position = torch.arange(keys, device=columns.device)
+    distance = position[keys - queries :, None] - position
+    on_diagonal = diagonals[..., distance.clamp_min(0)]
+    return (columns[..., None, :] | on_diagonal) & (distance >= 0)
+
+
+def pair_density(
+    mask: Bool[Tensor, "batch heads queries keys"],
+) -> Float[Tensor, "batch heads"]:
+    """Share of the causal pairs that a mask keeps, per head."""
+    queries, keys = mask.shape[-2:]
+    pairs = queries * keys - queries * (queries - 1) // 2
+    return mask.sum(dim=(-2, -1)) / pairs
+
+
+def line_density(
+    columns: Bool[Tensor, "*batch keys"], diagonals: Bool[Tensor, "*batch keys"]
+) -> Float[Tensor, "*batch"]:
+    """`pair_density` of `line_mask` for a whole prompt, without the mask.
+
+    Column c and diagonal o hold T - c and T - o pairs; they cross where c + o < T.
+    """
+    keys = columns.shape[-1]
+    size = torch.arange(keys, 0, -1, device=columns.device)
+    crossings = (columns * diagonals.cumsum(dim=-1).flip(-1)).sum(dim=-1)
+    pairs = ((columns.int() + diagonals.int()) * size).sum(dim=-1) - crossings
+    return pairs / (keys * (keys + 1) // 2)
+
+
+def chunks_density(top_chunks: int, chunks: int) -> float:
+    """Share of causal chunk pairs that Block-Sparse computes: k(k+1)/2 + (n-k)k of n(n+1)/2."""
+    k = min(top_chunks, chunks)
+    return (k * (k + 1) / 2 + (chunks - k) * k) / (chunks * (chunks + 1) / 2)
+
+
+# Costs (version 3, appendix B) ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes that the cost formulas need."""
+
+    width: int  # d
+    layers: int  # N
+    heads: int  # h
+    key_heads: int  # n_kv
+    head_dim: int  # d_h
+    feed_forward: int  # d_mlp
+    vocabulary: int  # |V|
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """The shape in a Hugging Face configuration of the Llama kind."""
+        return cls(
+            width=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            feed_forward=config.intermediate_size,
+            vocabulary=config.vocab_size,
+        )
+
+
+def attention_flops(shape: ModelShape, length: int, density: float = 1.0) -> float:
+    """Operations of attention itself on one prompt: N rho h L^2 (4 d_h + 3).
+
+    The full square, as the paper counts: causality halves dense and sparse attention alike.
+    """
+    return shape.layers * density * shape.heads * length**2 * (4 * shape.head_dim + 3)
+
+
+def prefill_flops(
+    shape: ModelShape, length: int, density: float = 1.0, overhead: float = 0.0, batch: int = 1
+) -> float:
+    """Operations to read a batch of prompts.
+
+    Args:
+        density: rho, share of the attention map that is computed.
+        overhead: operations of choosing it, for one prompt.
+    """
+    s = shape
+    project = 2 * length * s.width * (2 * s.width + 2 * s.head_dim * s.key_heads)
+    feed_forward = 2 * length * s.feed_forward * (3 * s.width + 1)
+    embeddings = 2 * length * s.width + 2 * length * s.width * s.vocabulary
+    attention = attention_flops(s, length, density)
+    return batch * (embeddings + s.layers * (project + feed_forward) + attention + overhead)
+
+
+def vertical_slash_overhead(
+    shape: ModelShape, length: int, last_queries: int, columns: float, diagonals: float
+) -> float:
+    """Operations of choosing the lines: N h (2 d_h L q + 5 L q + 2 L log2 L + 64 L (k_v + k_s)).
+
+    The paper prints d for the width of a head's product; the heads' own width is meant and used.
+    """
+    strip = (2 * shape.head_dim + 5) * length * last_queries
+    lines = 2 * length * log2(length) + 64 * length * (columns + diagonals)
+    return shape.layers * shape.heads * (strip + lines)
+
+
+def decode_transfers(
+    shape: ModelShape, length: int, density: float = 1.0, overhead: float = 0.0, batch: int = 1
+) -> float:
+    """Numbers moved from memory for each decoded token: weights once, the read cache per sequence.
+
+    Args:
+        density: share of the cache that is read.
+        overhead: numbers read to choose it, for one sequence.
+    """
+    s = shape
+    weights = s.layers * (4 * s.width**2 + 3 * s.width * s.feed_forward)
+    weights += s.width * (s.vocabulary + 1)
+    cache = 2 * s.layers * length * s.head_dim * s.key_heads * density
+    return weights + batch * (cache + overhead)
+
+
+def quest_overhead(shape: ModelShape, length: int, page: int) -> float:
+    """Smallest and largest keys read to choose pages: 2 N n_kv d_h L / p.
+
+    The paper prints d where one key head's d_h is meant.
+    """
+    return 2 * shape.layers * shape.key_heads * shape.head_dim * length / page
+
+
+def pareto_front(
+    cost: Float[np.ndarray, " points"], score: Float[np.ndarray, " points"]
+) -> Bool[np.ndarray, " points"]:
+    """Points that no other one beats: none is cheaper or equal and better, nor cheaper and equal."""
+    no_worse = (cost[None] <= cost[:, None]) & (score[None] >= score[:, None])
+    better = (cost[None] < cost[:, None]) | (score[None] > score[:, None])
+    return ~(no_worse & better).any(axis=1)
+
+
+# Statistics -----------------------------------------------------------------------------------------
+
+MARGIN = 0.05  # of the dense score that a sparse one may lose without being worse
+RESAMPLES = 400
+
+
+def retained(
+    dense: Float[np.ndarray, " samples"],
+    sparse: Float[np.ndarray, "levels samples"],
+    *,
+    margin: float = MARGIN,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> Bool[np.ndarray, " levels"]:
+    """Whether each level is not inferior to dense, by a bootstrap paired over the samples.
+
+    Not inferior: the one-sided lower bound of mean(sparse) - (1 - margin) mean(dense) is at least 0.
+    Identical scores are therefore never inferior.
+    """
+    gain = sparse - (1 - margin) * dense
+    draws = np.random.default_rng(0).integers(len(dense), size=(resamples, len(dense)))
+    means = gain[:, draws].mean(axis=-1)
+    return np.quantile(means, 1 - confidence, axis=-1) >= -1e-12
+
+
+def max_compression(
+    compressions: Float[np.ndarray, " levels"], kept: Bool[np.ndarray, " levels"]
+) -> float:
+    """The largest compression up to which every level is retained; 1 when the first is not.
+
+    Args:
+        compressions: 1 / budget of the levels, rising.
+    """
+    reached = np.logical_and.accumulate(kept).sum()
+    return float(compressions[reached - 1]) if reached else 1.0
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """logit(score) = constant + b_N log N + b_L log L + b_C log C (version 1)."""
+
+    constant: float
+    size: float
+    length: float
+    compression: float
+
+    def predict(
+        self,
+        sizes: Float[np.ndarray, " points"],
+        lengths: Float[np.ndarray, " points"],
+        compressions: Float[np.ndarray, " points"],
+    ) -> Float[np.ndarray, " points"]:
+        """Scores in (0, 1)."""
+        slopes = np.array([self.constant, self.size, self.length, self.compression])
+        return 1 / (1 + np.exp(-_features(sizes, lengths, compressions) @ slopes))
+
+
+def fit_scaling_law(
+    sizes: Float[np.ndarray, " points"],
+    lengths: Float[np.ndarray, " points"],
+    compressions: Float[np.ndarray, " points"],
+    scores: Float[np.ndarray, " points"],
+    *,
+    clip: float = 0.01,
+) -> ScalingLaw:
+    """Least squares of the logits.
+
+    Args:
+        clip: scores are kept this far from 0 and 1, where the logit is infinite.
+
+    Raises:
+        ValueError: fewer than four independent points.
+    """
+    features = _features(sizes, lengths, compressions)
+    if np.linalg.matrix_rank(features) < features.shape[1]:
+        raise ValueError("a scaling law needs at least two sizes, lengths and compressions")
+    return ScalingLaw(*np.linalg.lstsq(features, logit(scores, clip), rcond=None)[0].tolist())
+
+
+def logit(scores: Float[np.ndarray, " points"], clip: float = 0.01) -> Float[np.ndarray, " points"]:
+    """log(s / (1 - s)) of scores clipped to [clip, 1 - clip]."""
+    clipped = np.clip(scores, clip, 1 - clip)
+    return np.log(clipped / (1 - clipped))
+
+
+def r_squared(
+    predicted: Float[np.ndarray, " points"], observed: Float[np.ndarray, " points"]
+) -> float:
+    """Share of the variance that a prediction explains; negative when it is worse than the mean."""
+    return float(1 - ((observed - predicted) ** 2).sum() / ((observed - observed.mean()) ** 2).sum())
+
+
+def _features(sizes, lengths, compressions) -> Float[np.ndarray, "points 4"]:
+    logs = [np.log(np.asarray(x, dtype=float)) for x in (sizes, lengths, compressions)]
+    return np.stack([np.ones_like(logs[0]), *logs], axis=1)
