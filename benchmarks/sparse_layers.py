@@ -1,0 +1,123 @@
+"""Times sparse prefill inside the attention layer on real queries and keys, against dense SDPA.
+
+    python benchmarks/sparse_layers.py --tokens 4096 --threads 2
+
+SmolLM2 reads real prose once; the queries, keys and values of some layers are kept, and each method
+is timed on them in interleaved paired rounds, its selection within it and apart. For every method
+the setting of the largest measured density below `--density` is taken, layer by layer from a fixed
+grid, since what a share of the mass costs differs between layers.
+"""
+
+import argparse
+import statistics
+
+import torch
+
+from reattend.attention.baselines.vertical_slash import VerticalSlash
+from reattend.attention.dense import causal_sdpa
+from reattend.attention.host import attach
+from reattend.attention.method import AttentionMethod, BlockSparseMethod
+from reattend.backbones.smollm2 import load
+from reattend.data.long_tasks import prose_windows
+from reattend.data.needles import Haystack
+from reattend.data.prose import documents
+from reattend.long_context.flexprefill import FlexPrefill
+from reattend.timing import paired_ratio, paired_times
+
+GAMMAS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+class Keep(AttentionMethod):
+    """Dense attention that keeps what some layers are called with."""
+
+    def __init__(self, layers: list[int]) -> None:
+        super().__init__()
+        self.kept: dict[int, tuple] = {}
+        self.layers = layers
+
+    def prefill(self, query, key, value, *, scale, layer, padding=None):
+        if layer in self.layers:
+            self.kept[layer] = (query, key, value, scale)
+        return super().prefill(query, key, value, scale=scale, layer=layer, padding=padding)
+
+
+def candidates(block_size: int) -> dict[str, list[BlockSparseMethod]]:
+    """The settings of each method, sparse ones first."""
+    return {
+        "FlexPrefill": [
+            FlexPrefill(gamma=gamma, min_budget=2 * block_size, block_size=block_size)
+            for gamma in GAMMAS
+        ],
+        "vertical-slash": [
+            VerticalSlash(verticals=count, slashes=count, block_size=block_size) for count in COUNTS
+        ],
+    }
+
+
+def densest(methods: list[BlockSparseMethod], tensors: tuple, limit: float):
+    """The method of the largest measured density up to `limit`, and that density."""
+    query, key, value, scale = tensors
+    best = None
+    for method in methods:
+        method.clear()
+        method.prefill(query, key, value, scale=scale, layer=0)
+        if method.density() <= limit:
+            best = method, method.density()
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 8, 15, 22, 29])
+    parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--density", type=float, default=0.25)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    model, tokenizer = load()
+    window = prose_windows(Haystack(tokenizer, documents("needles")), options.tokens, 1)
+    keep = Keep(options.layers)
+    with torch.no_grad(), attach(model, keep):
+        model(window, logits_to_keep=1)
+
+    print(
+        f"{options.tokens} tokens of prose, blocks of {options.block_size}, {options.threads} "
+        f"threads, {options.rounds} paired rounds: median [lowest, highest]"
+    )
+    for layer, tensors in keep.kept.items():
+        for name, methods in candidates(options.block_size).items():
+            found = densest(methods, tensors, options.density)
+            if found is None:
+                print(f"layer {layer:2} {name:15} no setting of at most {options.density:.0%}")
+                continue
+            print(f"layer {layer:2} {name:15} {report(*found, tensors, options.rounds)}")
+
+
+@torch.no_grad()
+def report(method: BlockSparseMethod, density: float, tensors: tuple, rounds: int) -> str:
+    """Speed-up over dense SDPA, and the share of the method's own time that selection takes."""
+    query, key, value, scale = tensors
+
+    def dense():
+        return causal_sdpa(query, key, value, scale=scale)
+
+    def sparse():
+        return method.prefill(query, key, value, scale=scale, layer=0)
+
+    ratios = paired_ratio(dense, sparse, rounds=rounds)
+    whole, selecting = paired_times(
+        sparse, lambda: method.block_mask(query, key, scale=scale), rounds=rounds
+    )
+    share = statistics.median(selecting / whole)
+    return (
+        f"density {density:.3f}  {statistics.median(ratios):.2f} x dense SDPA "
+        f"[{min(ratios):.2f}, {max(ratios):.2f}]  selection {share:.0%} of it"
+    )
+
+
+if __name__ == "__main__":
+    main()
