@@ -20,6 +20,7 @@ METHODS = [
     StreamingLLM(sink=16, window=32, block_size=SIZE),
     VerticalSlash(verticals=2, slashes=2, block_size=SIZE),
     BlockTopK(k=3, block_size=SIZE),
+    BlockTopK(k=4, local=1, block_size=SIZE),
     OracleTopK(k=3, block_size=SIZE),
     OracleTopK(mass=0.8, block_size=SIZE),
 ]
@@ -42,6 +43,13 @@ def test_masks_are_causal_and_hold_sink_and_diagonal(method, queries):
     assert not (blocks & ~causal_block_mask(rows, columns)).any()
     assert blocks[..., 0].all()
     assert blocks.diagonal(columns - rows, -2, -1).all()
+
+
+def test_block_top_k_forces_the_blocks_before_the_diagonal():
+    method = BlockTopK(k=3, local=1, block_size=SIZE)
+    blocks = method.block_mask(*tensors(96, 96))
+    assert blocks.diagonal(-1, -2, -1).all()
+    assert (blocks.sum(-1)[..., 3:] == 3).all()
 
 
 def test_streaming_window_in_blocks():

@@ -13,8 +13,10 @@ from reattend.attention.method import (
     per_sequence,
 )
 from reattend.attention.registry import METHODS, build_method
+from reattend.long_context.seer_attention import AttentionGates
 
 SIZE = 16
+GATES = AttentionGates(layers=1, query_heads=2, key_heads=1, dim=8, block_size=SIZE)
 
 
 class EverySecond(BlockSparseMethod):
@@ -170,5 +172,9 @@ def test_registry_refuses_unknown_names_and_settings():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_registered_method_can_be_built(name):
-    settings = {"oracle_topk": {"k": 4}}.get(name, {})
+    needed = {
+        "oracle_topk": {"k": 4},
+        "seer_attention": {"gates": GATES, "inv_freq": torch.ones(4), "density": 0.2},
+    }
+    settings = needed.get(name, {})
     assert isinstance(build_method(name, **settings), AttentionMethod)

@@ -22,6 +22,11 @@ METHODS = {
     "quest": "reattend.attention.baselines.quest:Quest",
     "oracle_cache": "reattend.attention.baselines.cache_bounds:OracleCache",
     "flexprefill": "reattend.long_context.flexprefill:FlexPrefill",
+    "vertical_slash_tokens": "reattend.long_context.sparse_frontier:VerticalSlashTokens",
+    "flex_vertical_slash": "reattend.long_context.sparse_frontier:FlexVerticalSlash",
+    "seer_attention": "reattend.long_context.seer_attention:SeerAttention",
+    "recycled_attention": "reattend.long_context.recycled_attention:RecycledAttention",
+    "act": "reattend.long_context.act:ACT",
 }
 
 

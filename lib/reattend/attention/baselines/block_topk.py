@@ -30,16 +30,24 @@ class BlockTopK(BlockSparseMethod):
     """The k key blocks of each query block whose mean key agrees best with its mean query."""
 
     def __init__(
-        self, *, k: int = 16, sink: int = 1, block_size: int = 64, backend: Backend = "auto"
+        self,
+        *,
+        k: int = 16,
+        sink: int = 1,
+        local: int = 0,
+        block_size: int = 64,
+        backend: Backend = "auto",
     ) -> None:
         """
         Args:
             k: blocks of each row, the forced ones among them.
             sink: blocks at the start of the sequence that are forced, like the diagonal block.
+            local: blocks before the diagonal one that are forced.
         """
         super().__init__(block_size=block_size, backend=backend)
         self.k = check_count("k", k, at_least=1)
         self.sink = check_count("sink", sink)
+        self.local = check_count("local", local)
 
     def select(
         self,
@@ -50,7 +58,7 @@ class BlockTopK(BlockSparseMethod):
         layer: int,
     ) -> Bool[Tensor, "batch query_heads query_blocks key_blocks"]:
         scores = pooled_scores(query, key, self.block_size, scale)
-        return top_k_blocks(scores, self.k, sink=self.sink)
+        return top_k_blocks(scores, self.k, sink=self.sink, local=self.local)
 
 
 class OracleTopK(BlockSparseMethod):
