@@ -405,6 +405,13 @@ def test_official_names_and_the_odd_last_stage():
     assert all(norm.eps == 1e-6 for norm in (model.stages[0][0].norm1, model.stages[3][1].norm2))
 
 
+def test_drop_path_rises_linearly_from_0_over_all_blocks():
+    layout = Layout((32, 64), (2, 3), ratio=1)
+    model = BiFormer(layout, classes=2, side=2, topks=(1, FULL), drop_path=0.2)
+    rates = [block.drop_path for stage in model.stages for block in stage]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
 @pytest.mark.parametrize("swin", [False, True])
 def test_small_pyramid_trains_end_to_end(swin):
     torch.manual_seed(0)
@@ -506,8 +513,13 @@ def test_refusals_name_the_cure():
     for topk in (0, 5):
         with pytest.raises(ValueError, match=f"between 1 and the number of regions 4, got {topk}"):
             route(torch.zeros(1, 4, 4), topk)
+    qkv, setting = [image] * 3, {"heads": 1, "scale": 1.0}
     with pytest.raises(ValueError, match="interval 4 does not divide 6 x 6"):
-        dilated(image, image, image, interval=4, heads=1, scale=1.0)
+        dilated(*qkv, interval=4, **setting)
+    with pytest.raises(ValueError, match="window 4 does not divide 6 x 6"):
+        window(*qkv, size=4, **setting)
+    with pytest.raises(ValueError, match="block 4 does not divide 6 x 6"):
+        sliding(*qkv, block=4, halo=1, **setting)
     with pytest.raises(ValueError, match="3 heads cannot share 4 channels"):
         Attention(4, 3, dense)
     with pytest.raises(ValueError, match="odd, or 0"):
