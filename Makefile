@@ -34,11 +34,9 @@ report: install
 	$(BIN)/reattend report
 
 # One thread a worker and one notebook per worker: more threads than cores is many times slower.
-# The assets that are named belong to shared modules that no finished paper uses yet.
 test: install
 	$(BIN)/reattend build --profile smoke
 	$(BIN)/reattend fetch
-	$(BIN)/reattend fetch efficientnet nature_photos
 	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env -m "not faults"
 
 test-faults: install

@@ -100,7 +100,7 @@ class ACT(AttentionMethod):
                 threshold=self.threshold,
                 min_rows=self.min_rows,
             )
-            values = repeat_key_heads(value, query.shape[1])[:, : len(chosen)]
+            values = repeat_key_heads(value, query.shape[1])[:, chosen]
             output = calibrate(weights, found, self.beta).to(values.dtype) @ values
             # Nothing to calibrate: the fused kernel's own numbers, so that nothing changes at all.
             output = output.where(found.any(dim=-1)[..., None, None], dense[:, chosen])

@@ -537,7 +537,7 @@ class SeerAttention(BlockSparseMethod):
     ) -> Float[Tensor, "batch query_heads query_blocks key_blocks"]:
         """The gate's map from queries and keys after the rotary embedding, before any softmax."""
         offset = key.shape[2] - query.shape[2]
-        before_query = unrotate(query, 0, self.inv_freq, self.rotary_scaling)
+        before_query = unrotate(query, offset, self.inv_freq, self.rotary_scaling)
         before_key = unrotate(key, 0, self.inv_freq, self.rotary_scaling)
         # The gates keep their own precision: pooled vectors are few.
         own = self.gates.key_map.dtype

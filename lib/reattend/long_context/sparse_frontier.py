@@ -6,8 +6,8 @@ methods read the prompt sparsely and decode densely; they are here, with the pap
 single tokens. The other three decode sparsely: SnapKV, Ada-SnapKV and Quest, in
 `reattend.attention.baselines`.
 
-A prefill method is a mask over (query, key) pairs, and attention under it is masked dense attention:
-this is a study of what the masks keep, not of kernels.
+A prefill method is a mask over (query, key) pairs, and attention under it is masked dense
+attention: this is a study of what the masks keep, not of kernels.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from reattend.attention.method import (
     per_sequence,
 )
 
-# Prefill methods ------------------------------------------------------------------------------------
+# Prefill methods ----------------------------------------------------------------------------------
 
 
 class LineMethod(AttentionMethod, ABC):
     """Prefill over columns of keys and diagonals of constant distance, per query head.
 
-    Both are ranked by the attention that the last queries of the prompt pay to them. A subclass says
-    how many of each are kept.
+    Both are ranked by the attention that the last queries of the prompt pay to them. A subclass
+    says how many of each are kept.
     """
 
     def __init__(self, *, last_queries: int = 256, sink: int = 4, local: int = 64) -> None:
@@ -257,7 +257,7 @@ def chunks_density(top_chunks: int, chunks: int) -> float:
     return (k * (k + 1) / 2 + (chunks - k) * k) / (chunks * (chunks + 1) / 2)
 
 
-# Costs (version 3, appendix B) ----------------------------------------------------------------------
+# Costs (version 3, appendix B) --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -350,47 +350,47 @@ def quest_overhead(shape: ModelShape, length: int, page: int) -> float:
 def pareto_front(
     cost: Float[np.ndarray, " points"], score: Float[np.ndarray, " points"]
 ) -> Bool[np.ndarray, " points"]:
-    """Points that no other one beats: none is cheaper or equal and better, nor cheaper and equal."""
+    """Points that no other one beats by being better at no more cost, or cheaper and no worse."""
     no_worse = (cost[None] <= cost[:, None]) & (score[None] >= score[:, None])
     better = (cost[None] < cost[:, None]) | (score[None] > score[:, None])
     return ~(no_worse & better).any(axis=1)
 
 
-# Statistics -----------------------------------------------------------------------------------------
+# Statistics ---------------------------------------------------------------------------------------
 
 MARGIN = 0.05  # of the dense score that a sparse one may lose without being worse
-RESAMPLES = 400
+RESAMPLES = 200
 
 
 def retained(
-    dense: Float[np.ndarray, " samples"],
-    sparse: Float[np.ndarray, "levels samples"],
+    dense: Float[np.ndarray, "*#levels samples"],
+    sparse: Float[np.ndarray, "*levels samples"],
     *,
     margin: float = MARGIN,
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
-) -> Bool[np.ndarray, " levels"]:
+) -> Bool[np.ndarray, "*levels"]:
     """Whether each level is not inferior to dense, by a bootstrap paired over the samples.
 
-    Not inferior: the one-sided lower bound of mean(sparse) - (1 - margin) mean(dense) is at least 0.
-    Identical scores are therefore never inferior.
+    Not inferior: the one-sided lower bound of mean(sparse) - (1 - margin) mean(dense) is not below
+    0. Identical scores are therefore never inferior.
     """
     gain = sparse - (1 - margin) * dense
-    draws = np.random.default_rng(0).integers(len(dense), size=(resamples, len(dense)))
-    means = gain[:, draws].mean(axis=-1)
+    draws = np.random.default_rng(0).integers(gain.shape[-1], size=(resamples, gain.shape[-1]))
+    means = gain[..., draws].mean(axis=-1)
     return np.quantile(means, 1 - confidence, axis=-1) >= -1e-12
 
 
 def max_compression(
-    compressions: Float[np.ndarray, " levels"], kept: Bool[np.ndarray, " levels"]
-) -> float:
+    compressions: Float[np.ndarray, " levels"], kept: Bool[np.ndarray, " levels *tasks"]
+) -> Float[np.ndarray, "*tasks"]:
     """The largest compression up to which every level is retained; 1 when the first is not.
 
     Args:
         compressions: 1 / budget of the levels, rising.
     """
-    reached = np.logical_and.accumulate(kept).sum()
-    return float(compressions[reached - 1]) if reached else 1.0
+    reached = np.logical_and.accumulate(kept, axis=0).sum(axis=0)
+    return np.append(1.0, compressions)[np.asarray(reached)]
 
 
 @dataclass(frozen=True)
@@ -430,9 +430,10 @@ def fit_scaling_law(
         ValueError: fewer than four independent points.
     """
     features = _features(sizes, lengths, compressions)
-    if np.linalg.matrix_rank(features) < features.shape[1]:
+    slopes, _, rank, _ = np.linalg.lstsq(features, logit(scores, clip), rcond=None)
+    if rank < features.shape[1]:
         raise ValueError("a scaling law needs at least two sizes, lengths and compressions")
-    return ScalingLaw(*np.linalg.lstsq(features, logit(scores, clip), rcond=None)[0].tolist())
+    return ScalingLaw(*slopes.tolist())
 
 
 def logit(scores: Float[np.ndarray, " points"], clip: float = 0.01) -> Float[np.ndarray, " points"]:
@@ -445,7 +446,9 @@ def r_squared(
     predicted: Float[np.ndarray, " points"], observed: Float[np.ndarray, " points"]
 ) -> float:
     """Share of the variance that a prediction explains; negative when it is worse than the mean."""
-    return float(1 - ((observed - predicted) ** 2).sum() / ((observed - observed.mean()) ** 2).sum())
+    return float(
+        1 - ((observed - predicted) ** 2).sum() / ((observed - observed.mean()) ** 2).sum()
+    )
 
 
 def _features(sizes, lengths, compressions) -> Float[np.ndarray, "points 4"]:
