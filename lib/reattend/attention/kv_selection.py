@@ -16,8 +16,8 @@ from torch import Tensor
 from reattend.attention.dense import dense_attention, masked_softmax
 from reattend.attention.method import AttentionMethod, Phase, unpadded
 
-# Rows of attention weights that are held at once, in tokens.
-ROWS = 512
+# Rows of attention weights that are held at once, in tokens: few enough for the cache of a processor.
+ROWS = 64
 
 
 class KVSelection(AttentionMethod, ABC):
@@ -163,7 +163,11 @@ def attend_to_chosen(
     The query heads of a group share their key head's entries. Heads may have chosen different
     numbers of entries.
     """
-    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
+    grouped = group_heads(query.squeeze(2), key.shape[1])
+    if chosen.all():
+        # Nothing to gather: a full step costs what a dense one does.
+        weights = (scale * (grouped @ key.transpose(-2, -1))).softmax(dim=-1)
+        return (weights @ value).flatten(1, 2)[:, :, None], weights
     counts = chosen.sum(dim=-1, keepdim=True)
     width = int(counts.max())
     # Chosen positions first, in their order; a head with fewer than `width` is filled up, masked.

@@ -302,5 +302,7 @@ def position_nll(
 
     Call it inside `attach` for the loss of a prefill method.
     """
-    logits = model(tokens).logits[:, :-1].float()
-    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    logits, following = model(tokens).logits[:, :-1].float(), tokens[:, 1:]
+    # Flat, with the classes last: over another axis torch sums tens of thousands of them naively.
+    nll = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
+    return nll.view_as(following)
