@@ -71,7 +71,14 @@ class LineMethod(AttentionMethod, ABC):
         scale: float,
     ) -> tuple[Bool[Tensor, "batch query_heads keys"], Bool[Tensor, "batch query_heads keys"]]:
         """The columns that each head keeps, and its diagonals by their distance query - key."""
-        vertical, slash = line_mass(last_weights(query, key, self.last_queries, scale))
+        return self.best(*line_mass(last_weights(query, key, self.last_queries, scale)))
+
+    def best(
+        self,
+        vertical: Float[Tensor, "batch heads keys"],
+        slash: Float[Tensor, "batch heads keys"],
+    ) -> tuple[Bool[Tensor, "batch heads keys"], Bool[Tensor, "batch heads keys"]]:
+        """The columns and diagonals kept of those with these masses."""
         return (
             best_lines(vertical, self.budget(vertical, self.sink), self.sink),
             best_lines(slash, self.budget(slash, self.local), self.local),
