@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from reattend.attention.baselines.block_topk import BlockTopK
 from reattend.attention.baselines.quest import Pages, Quest, score_bounds
 from reattend.attention.baselines.snapkv import AdaSnapKV, SnapKV
 from reattend.attention.blocks import causal_block_mask, density, expand_to_tokens, pool_blocks
@@ -12,7 +13,6 @@ from reattend.attention.decoding import decode, read_prompt
 from reattend.attention.dense import dense_attention, repeat_key_heads
 from reattend.attention.host import attach
 from reattend.long_context.sparse_frontier import (
-    BlockSparse,
     FlexVerticalSlash,
     ModelShape,
     VerticalSlashTokens,
@@ -62,12 +62,12 @@ def methods():
     return [
         VerticalSlashTokens(lines=9, **SMALL),
         FlexVerticalSlash(coverage=0.5, least=6, **SMALL),
-        BlockSparse(top_chunks=4, block_size=8),
+        BlockTopK(k=4, local=1, block_size=8),
     ]
 
 
 def mask_of(method, query, key):
-    if isinstance(method, BlockSparse):
+    if isinstance(method, BlockTopK):
         blocks = method.block_mask(query, key, scale=SCALE)
         return expand_to_tokens(blocks, method.block_size, query.shape[2], key.shape[2])
     return line_mask(*method.lines(query, key, scale=SCALE), query.shape[2])
@@ -83,7 +83,7 @@ def test_full_budget_equals_dense_attention(batch, heads, key_heads, queries, ke
     method = {
         "lines": VerticalSlashTokens(lines=keys, **SMALL),
         "coverage": FlexVerticalSlash(coverage=1.0, least=4, **SMALL),
-        "chunks": BlockSparse(top_chunks=100, block_size=8),
+        "chunks": BlockTopK(k=100, local=1, block_size=8),
     }[full]
     dense = dense_attention(query, key, value, scale=SCALE, causal=True)
     torch.testing.assert_close(prefill(method, query, key, value), dense, atol=1e-10, rtol=1e-10)
@@ -209,7 +209,7 @@ def test_flex_keeps_at_least_its_minimum():
 
 def test_block_sparse_forces_three_chunks_and_ranks_by_plain_products():
     query, key, _ = qkv(1, 4, 2, 96, 96, seed=5)
-    method = BlockSparse(top_chunks=5, block_size=8)
+    method = BlockTopK(k=5, local=1, block_size=8)
     blocks = method.block_mask(query, key, scale=SCALE)
     scores = pool_blocks(query, 8) @ repeat_key_heads(pool_blocks(key, 8), 4).transpose(-2, -1)
     for row in range(12):
@@ -230,7 +230,7 @@ def test_densities_in_closed_form():
             line_density(columns, diagonals), pair_density(line_mask(columns, diagonals, keys))
         )
     assert pair_density(torch.ones(1, 1, 3, 7, dtype=torch.bool).tril(4)).item() == 1
-    method = BlockSparse(top_chunks=5, block_size=8)
+    method = BlockTopK(k=5, local=1, block_size=8)
     query, key, _ = qkv(1, 1, 1, 96, 96)
     assert density(method.block_mask(query, key)).item() == pytest.approx(chunks_density(5, 12))
     assert chunks_density(99, 12) == 1
@@ -300,7 +300,7 @@ def test_inside_a_model_full_budgets_change_nothing(model):
         for method in (
             VerticalSlashTokens(lines=60, **SMALL),
             FlexVerticalSlash(coverage=1.0, least=4, **SMALL),
-            BlockSparse(top_chunks=8, block_size=8),
+            BlockTopK(k=8, local=1, block_size=8),
         ):
             with attach(model, method):
                 torch.testing.assert_close(model(tokens).logits, dense, atol=1e-5, rtol=1e-5)
@@ -322,7 +322,6 @@ def test_inside_a_model_sparse_prefill_is_followed_by_dense_decoding(model):
         (lambda: VerticalSlashTokens(lines=63), "lines must be an integer of at least 64"),
         (lambda: VerticalSlashTokens(local=0), "local must be an integer of at least 1"),
         (lambda: FlexVerticalSlash(coverage=0.0), "coverage must lie in"),
-        (lambda: BlockSparse(top_chunks=0), "top_chunks must be an integer of at least 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(build, message):
@@ -429,5 +428,5 @@ def test_logits_are_clipped():
 
 def test_causal_chunks_only():
     query, key, _ = qkv(1, 2, 2, 33, 33)
-    blocks = BlockSparse(top_chunks=3, block_size=8).block_mask(query, key)
+    blocks = BlockTopK(k=3, local=1, block_size=8).block_mask(query, key)
     assert not (blocks & ~causal_block_mask(5, 5)).any()

@@ -2,9 +2,10 @@
 
 Nawrot et al., "The Sparse Frontier: Sparse Attention Trade-offs in Transformer LLMs", 2025, arXiv
 2504.17768; claims of version 1 (April 2025), cost formulas of version 3 (appendix B). Three of the
-methods read the prompt sparsely and decode densely; they are here, with the paper's selection of
-single tokens. The other three decode sparsely: SnapKV, Ada-SnapKV and Quest, in
-`reattend.attention.baselines`.
+methods read the prompt sparsely and decode densely: two of them are here, with the paper's
+selection of single tokens; the third, Block-Sparse, is `BlockTopK(k=top_chunks, local=1,
+block_size=16)` of `reattend.attention.baselines`. There are also the three that decode sparsely:
+SnapKV, Ada-SnapKV and Quest.
 
 A prefill method is a mask over (query, key) pairs, and attention under it is masked dense
 attention: this is a study of what the masks keep, not of kernels.
@@ -23,13 +24,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reattend.attention.baselines.block_topk import pooled_scores
 from reattend.attention.baselines.vertical_slash import last_weights
-from reattend.attention.block_sparse import Backend
-from reattend.attention.blocks import diagonal_sums, top_k_blocks
+from reattend.attention.blocks import diagonal_sums
 from reattend.attention.method import (
     AttentionMethod,
-    BlockSparseMethod,
     check_count,
     check_share,
     per_sequence,
@@ -160,36 +158,6 @@ class FlexVerticalSlash(LineMethod):
         """One number for the heads of a layer: what the most demanding of them needs."""
         needed = lines_to_cover(mass, self.coverage).amax(dim=1, keepdim=True)
         return needed.clamp_min(max(self.least, forced))
-
-
-class BlockSparse(BlockSparseMethod):
-    """Block-Sparse: the key chunks whose mean key agrees best with the mean query of a chunk.
-
-    The scores are plain products, without scale and softmax: only their order counts. The first
-    chunk, the diagonal one and the one before it are always kept, within the budget.
-    """
-
-    def __init__(
-        self, *, top_chunks: int = 64, block_size: int = 16, backend: Backend = "auto"
-    ) -> None:
-        """
-        Args:
-            top_chunks: key chunks of each query chunk; fewer than the forced ones mean those alone.
-            block_size: tokens of a chunk.
-        """
-        super().__init__(block_size=block_size, backend=backend)
-        self.top_chunks = check_count("top_chunks", top_chunks, at_least=1)
-
-    def select(
-        self,
-        query: Float[Tensor, "batch query_heads queries dim"],
-        key: Float[Tensor, "batch key_heads keys dim"],
-        *,
-        scale: float,
-        layer: int,
-    ) -> Bool[Tensor, "batch query_heads query_blocks key_blocks"]:
-        scores = pooled_scores(query, key, self.block_size, 1.0)
-        return top_k_blocks(scores, self.top_chunks, sink=1, local=1)
 
 
 def line_mass(
