@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.toy import EXPERIMENT, Checkout
+from tests.pipeline.toy import EXPERIMENT, Checkout, heed_interrupts
 
 PAPERS = ["toy_a", "toy_b", "toy_c"]
 
@@ -33,6 +33,7 @@ def start(checkout: Checkout, *arguments: str) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.pipeline.toy import EXPERIMENT, Checkout
+from tests.pipeline.toy import EXPERIMENT, Checkout, heed_interrupts
 
 KEEP = "what an earlier run left"
 
@@ -154,6 +154,7 @@ def start(checkout: Checkout, experiment: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
     begun = checkout.root / "notebooks" / "theory" / "begun"
     deadline = time.monotonic() + 60

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,12 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def heed_interrupts() -> None:
+    """Before a command starts: what a shell runs in the background ignores Ctrl-C, and passes it on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 
 SCHEMA = """\
 from reattend.parameters import Parameters, parameter
