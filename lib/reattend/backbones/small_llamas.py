@@ -27,7 +27,7 @@ FIRST_VALUE = FIRST_KEY + KEYS
 FIRST_FACT = FIRST_VALUE + VALUES
 VOCABULARY = FIRST_FACT + KEYS * VALUES
 
-LAYERS, HEAD_DIM = 2, 16
+LAYERS, HEAD_DIM = 2, 8
 ASKED = 16  # keys asked of each row in training
 TOKENS = 2048  # of a batch, roughly
 FEWEST_ROWS = 8
@@ -42,13 +42,13 @@ class Setting:
 
 
 SETTINGS = {
-    "smoke": Setting((16, 32), ((32, 8, 20), (64, 16, 10))),
+    "smoke": Setting((16, 24), ((32, 8, 20), (64, 16, 10))),
     "cpu": Setting(
-        (16, 32, 48),
+        (16, 24, 32),
         ((32, 8, 400), (64, 16, 100), (128, 32, 150), (256, 48, 150), (512, 64, 300)),
     ),
     "gpu": Setting(
-        (16, 32, 48, 64),
+        (16, 24, 32, 48),
         ((32, 8, 1000), (128, 32, 1000), (512, 64, 1000), (1024, 64, 500)),
     ),
 }
