@@ -4,7 +4,8 @@
 
 Runs in a copy of the checkout, so results and dvc.lock stay as they are. Each round forces the named
 papers through plain `dvc repro`, `reattend repro -j 1` and `-j 2`, in turns so that a busy machine hits
-all. Then: the time with nothing to do, also for 65 stages (made of copies), and the time from editing one
+all; all three begin with the fetches and builds. Then: what running a notebook costs beyond a bare kernel
+that executes it, the time with nothing to do, also for 65 stages (made of copies), and the time from editing one
 method to its new verdict. Prints medians and the ratio to plain `dvc repro` of the same round.
 """
 
@@ -19,8 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import yaml
+from nbclient import NotebookClient
 
 from reattend.project import find_root
 from reattend.records import record_paths
@@ -52,7 +55,7 @@ def forced(root: Path, papers: list[str], profile: str, rounds: int) -> dict[str
     stages = [f"replicate-{slug}" for slug in papers]
     reattend = ["reattend.pipeline.cli", "repro", "--force", "--profile", profile]
     ways = {
-        "dvc repro": ["dvc", "repro", "--force", "--single-item", *stages],
+        "dvc repro": ["dvc", "repro", "--force", *stages],
         "reattend repro -j 1": [*reattend, "--jobs", "1", *papers],
         "reattend repro -j 2": [*reattend, "--jobs", "2", *papers],
     }
@@ -62,6 +65,35 @@ def forced(root: Path, papers: list[str], profile: str, rounds: int) -> dict[str
         for name in list(ways)[:: 1 if number % 2 == 0 else -1]:
             seconds[name].append(timed(root, *ways[name]))
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def bare_kernel(root: Path, slug: str) -> float:
+    """Seconds of a fresh kernel from its start to its end, running the notebook's cells at smoke."""
+    path = record_paths(root)[slug].with_suffix(".ipynb")
+    notebook = nbformat.read(path, as_version=4)
+    started = time.perf_counter()
+    NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}).execute()
+    return time.perf_counter() - started
+
+
+def overheads(root: Path, slug: str, rounds: int) -> dict[str, np.ndarray]:
+    """Seconds that a notebook takes at smoke beyond a bare kernel, in each of the rounds."""
+    ways = {
+        "reattend run": ["reattend.pipeline.cli", "run", "--profile", "smoke", slug],
+        "dvc repro of one stage": ["dvc", "repro", "--force", "--single-item", f"replicate-{slug}"],
+    }
+    kernel = {
+        "REATTEND_OUT": str(root / "build" / "bare"),
+        "PYTHONPATH": str(root / "lib"),
+        "OMP_NUM_THREADS": "1",
+    }
+    os.environ.update(kernel)
+    found = {name: [] for name in ways}
+    for _ in range(rounds):
+        bare = bare_kernel(root, slug)
+        for name, command in ways.items():
+            found[name].append(timed(root, *command) - bare)
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def nothing_to_do(root: Path) -> dict[str, float]:
@@ -103,18 +135,27 @@ def main() -> None:
     root = find_root()
     papers = options.papers or list(record_paths(root))
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / "checkout"
+        copy, still = Path(scratch) / "checkout", Path(scratch) / "still"
         copy_of(root, copy)
+        copy_of(root, still)
+        for name, value in nothing_to_do(still).items():
+            print(f"{name:22} {value:7.1f} s", flush=True)
         seconds = forced(copy, papers, options.profile, options.rounds)
         plain = seconds["dvc repro"]
         for name, values in seconds.items():
             ratio = np.median(values / plain)
-            print(f"{name:22} median {np.median(values):7.1f} s   {ratio:.2f} of dvc repro")
+            print(
+                f"{name:22} median {np.median(values):7.1f} s   {ratio:.2f} of dvc repro",
+                flush=True,
+            )
         first = papers[0]
+        for name, values in overheads(copy, first, options.rounds).items():
+            print(
+                f"{name} beyond a bare kernel, {first} at smoke   {np.median(values):.1f} s",
+                flush=True,
+            )
         edited = edit_to_verdict(copy, first, options.profile)
         print(f"edit of {first} to its verdict   {edited:.1f} s")
-        for name, value in nothing_to_do(copy).items():
-            print(f"{name:22} {value:7.1f} s")
 
 
 if __name__ == "__main__":
