@@ -42,7 +42,7 @@ def test_a_parameter_reruns_its_paper_alone(checkout):
     params["papers"]["toy_b"]["cpu"]["n"] = 7  # another profile: does not count
     (checkout.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     done = checkout.dvc("repro", check=True)
-    assert ran(done.stdout) == {"replicate-toy_a", "report"}
+    assert ran(done.stdout) == {"fingerprint", "replicate-toy_a", "report"}
     results = json.loads((checkout.results("toy_a", "smoke") / "results.json").read_text())
     assert results["parameters"]["n"] == 4
     compared = checkout.reattend("compare")

@@ -2,9 +2,10 @@
 
 DVC cannot template a list of dependencies, and every paper needs other assets and backbones, so the
 stages are written out: one per asset (`fetch-…`), per backbone (`build-…`) and per paper (`replicate-…`),
-one that fingerprints the code, and `report`. A paper depends on its fingerprint instead of its files, on
-its parameters at the chosen profile, and on manifests of its assets and backbones, which are the same on
-every machine although weights trained there may not be.
+one that fingerprints what they depend on, and `report`. A paper depends on its fingerprint instead of its
+files, and on manifests of its assets and backbones, which are the same on every machine although weights
+trained there may not be. Parameters are in the fingerprint too: as DVC's own `params` each stage would
+read params.yaml anew, and a run with nothing to do would take time that grows with the square of the papers.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def render(root: Path) -> str:
         "fingerprint": {
             "desc": "hash what each paper's results depend on",
             "cmd": "reattend fingerprint",
-            "deps": ["lib/reattend", "notebooks"],
+            "deps": ["lib/reattend", "notebooks", "params.yaml"],
             "outs": [{FINGERPRINTS: {"cache": False}}],
         }
     }
@@ -107,7 +108,7 @@ def _fetch(name: str) -> dict:
     return {
         "desc": asset.about,
         "cmd": f"reattend fetch {name}",
-        "params": [{"lib/reattend/assets/catalogue.yaml": [name]}],
+        "deps": [f"{FINGERPRINTS}/assets/{name}.json"],
         "outs": [{asset_manifest(name): {"cache": False}}],
     }
 
@@ -137,7 +138,6 @@ def _replicate(record: Record) -> dict:
             *map(asset_manifest, record.needs.assets),
             *map(backbone_manifest, record.needs.backbones),
         ],
-        "params": [f"papers.{record.slug}.${{profile}}"],
         "outs": [{_results(record): {"cache": False, "persist": True}}],
     }
 

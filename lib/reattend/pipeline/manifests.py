@@ -9,22 +9,30 @@ from pathlib import Path
 from reattend.assets.store import find
 from reattend.backbones.store import recipe
 from reattend.fingerprints import digest, module_fingerprint, paper_fingerprint
+from reattend.parameters import load_params
 from reattend.pipeline.graph import (
     FINGERPRINTS,
     asset_manifest,
     backbone_manifest,
     load_records,
+    needed_assets,
     needed_backbones,
 )
 from reattend.records import record_paths
 
 
 def write_fingerprints(root: Path) -> None:
-    """One file per paper and per backbone: what its results depend on."""
+    """One file per paper, backbone and asset: what its results depend on, at the chosen profile."""
+    params = load_params(root)
     for slug, path in record_paths(root).items():
         fingerprint = paper_fingerprint(path.with_suffix(".ipynb"))
+        # A paper without values is told so when it is run.
+        fingerprint["parameters"] = params["papers"].get(slug, {}).get(params["profile"])
         write_json(root / FINGERPRINTS / "papers" / f"{slug}.json", fingerprint)
     records = load_records(root).values()
+    for name in {name for record in records for name in needed_assets(record)}:
+        fingerprint = find(name).model_dump(mode="json")
+        write_json(root / FINGERPRINTS / "assets" / f"{name}.json", fingerprint)
     for name in {name for record in records for name in needed_backbones(record)}:
         fingerprint = module_fingerprint(f"reattend.backbones.{name}")
         write_json(root / FINGERPRINTS / "backbones" / f"{name}.json", fingerprint)
