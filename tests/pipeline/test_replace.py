@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from reattend.locks import locked
 from reattend.pipeline.errors import CommandError
-from reattend.pipeline.run import recover, replace_directory
+from reattend.pipeline.run import recover, remove_leftovers, replace_directory
 
 
 @pytest.fixture
@@ -65,3 +66,12 @@ def test_a_crash_between_the_renames_is_mended(places, monkeypatch):
     assert (old / "results.json").read_text() == "old"
     recover(root)
     assert (old / "results.json").read_text() == "old"
+
+
+def test_leftovers_of_killed_runs_go_and_those_of_a_run_at_work_stay(tmp_path):
+    running = tmp_path / "build" / "running"
+    for slug in ("dead", "at_work"):
+        (running / f"{slug}-smoke").mkdir(parents=True)
+    with locked(tmp_path / "build" / "locks" / "at_work.lock", wait=False):
+        remove_leftovers(tmp_path)
+    assert [path.name for path in running.iterdir()] == ["at_work-smoke"]

@@ -29,7 +29,7 @@ from reattend.pipeline.graph import (
 from reattend.pipeline.manifests import write_text
 from reattend.pipeline.notebooks import Notebook
 from reattend.pipeline.report import summary, write_report
-from reattend.pipeline.run import check_parameters, recover
+from reattend.pipeline.run import check_parameters, recover, remove_leftovers
 from reattend.pipeline.workers import Outcome, run_dvc, run_stages
 from reattend.project import results_directory
 from reattend.records import Record, record_paths
@@ -71,6 +71,7 @@ def _repro(
     root: Path, chosen: dict[str, Record], profile: str, options: Options, everything: bool
 ) -> int:
     recover(root)
+    remove_leftovers(root)
     sync(root)
     set_profile(root, profile)
     _forget_damaged_assets(root, chosen)

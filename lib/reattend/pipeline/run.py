@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from reattend.fingerprints import paper_fingerprint
@@ -151,6 +152,14 @@ def recover(root: Path) -> None:
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             aside.rename(target)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Delete what killed runs left in build/running; a paper that is being run keeps its directory."""
+    for scratch in (root / "build" / "running").glob("*"):
+        slug = scratch.name.rpartition("-")[0]
+        with suppress(Busy), locked(root / "build" / "locks" / f"{slug}.lock", wait=False):
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def replace_directory(source: Path, target: Path) -> None:
