@@ -28,6 +28,7 @@ from reattend.pipeline.graph import (
 )
 from reattend.pipeline.manifests import write_text
 from reattend.pipeline.notebooks import Notebook
+from reattend.pipeline.orphans import forget_ended
 from reattend.pipeline.report import summary, write_report
 from reattend.pipeline.run import check_parameters, recover, remove_leftovers
 from reattend.pipeline.workers import Outcome, run_dvc, run_stages
@@ -72,6 +73,7 @@ def _repro(
 ) -> int:
     recover(root)
     remove_leftovers(root)
+    forget_ended(root)
     sync(root)
     set_profile(root, profile)
     _forget_damaged_assets(root, chosen)
