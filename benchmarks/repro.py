@@ -25,6 +25,7 @@ import numpy as np
 import yaml
 from nbclient import NotebookClient
 
+from reattend.pipeline.run import kernel_config
 from reattend.project import find_root
 from reattend.records import record_paths
 
@@ -72,7 +73,8 @@ def bare_kernel(root: Path, slug: str) -> float:
     path = record_paths(root)[slug].with_suffix(".ipynb")
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
-    NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}).execute()
+    place = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, resources=place, config=kernel_config()).execute()
     return time.perf_counter() - started
 
 

@@ -132,7 +132,7 @@ def execute(
                 cwd=str(notebook.path.parent),
                 progress_bar=sys.stderr.isatty(),
                 execution_timeout=int(timeout),
-                config=_kernel_config(),
+                config=kernel_config(),
             )
     except PapermillExecutionError as error:
         what = f"{error.ename}: {error.evalue}"
@@ -221,7 +221,7 @@ def _failure(
     )
 
 
-def _kernel_config():
+def kernel_config():
     """Encrypt the connection to the kernel: an open one makes it print a warning at every start."""
     from traitlets.config import Config
 
