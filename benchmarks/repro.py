@@ -70,11 +70,13 @@ def forced(root: Path, papers: list[str], profile: str, rounds: int) -> dict[str
 
 def bare_kernel(root: Path, slug: str) -> float:
     """Seconds of a fresh kernel from its start to its end, running the notebook's cells at smoke."""
+    own = {"PYTHONPATH": str(root / "lib"), "REATTEND_OUT": str(root / "build" / "bare")}
+    environment = os.environ | own | {"OMP_NUM_THREADS": "1"}
     path = record_paths(root)[slug].with_suffix(".ipynb")
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
     place = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, resources=place, config=kernel_config()).execute()
+    NotebookClient(notebook, resources=place, config=kernel_config()).execute(env=environment)
     return time.perf_counter() - started
 
 
@@ -84,12 +86,6 @@ def overheads(root: Path, slug: str, rounds: int) -> dict[str, np.ndarray]:
         "reattend run": ["reattend.pipeline.cli", "run", "--profile", "smoke", slug],
         "dvc repro of one stage": ["dvc", "repro", "--force", "--single-item", f"replicate-{slug}"],
     }
-    kernel = {
-        "REATTEND_OUT": str(root / "build" / "bare"),
-        "PYTHONPATH": str(root / "lib"),
-        "OMP_NUM_THREADS": "1",
-    }
-    os.environ.update(kernel)
     found = {name: [] for name in ways}
     for _ in range(rounds):
         bare = bare_kernel(root, slug)
