@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from reattend.project import load_yaml
+
 FAMILIES = (
     "long_context",
     "language_modeling",
@@ -154,7 +156,8 @@ class Record(_Strict):
     reported: dict[Identifier, ReportedTable] = {}
     claims: Annotated[list[Claim], Field(min_length=1)]
     deviations: list[Text] = []
-    tolerance: Annotated[float, Field(gt=0)] = 0.02  # relative, for `reattend compare`
+    # For `reattend compare`: metric -> relative difference allowed, where it is not the default.
+    tolerances: dict[Text, Annotated[float, Field(gt=0)]] = {}
 
     @model_validator(mode="after")
     def _distinct_claims(self) -> Record:
@@ -185,7 +188,7 @@ def load_record(path: Path) -> Record:
         RecordError: names the file and the first wrong field.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf8"))
+        loaded = load_yaml(path.read_text(encoding="utf8"))
     except FileNotFoundError:
         raise RecordError(f"no record {path.name} beside the notebook") from None
     except yaml.YAMLError as error:

@@ -11,6 +11,7 @@ from reattend.pipeline.graph import load_records
 from reattend.project import results_directory
 from reattend.records import Record
 
+DEFAULT_TOLERANCE = 0.02  # relative, for metrics of which the record says nothing
 _FLOOR = 1e-9  # differences below this are rounding, whatever the size of the numbers
 
 
@@ -18,7 +19,8 @@ def compare(root: Path, papers: list[str], profile: str, ref: str) -> int:
     """Print what differs between the working tree's results and those committed at `ref`.
 
     Returns:
-        0 when every verdict is the same and every measurement within the record's tolerance, else 1.
+        0 when every verdict is the same, every measurement within its metric's tolerance and every
+        effect within that or the committed interval, else 1.
 
     Raises:
         CommandError: unknown paper or revision.
@@ -55,11 +57,16 @@ def compare_paper(root: Path, record: Record, profile: str, ref: str) -> list[st
         return [] if text is None else [f"no results at profile {profile}, {ref} has some"]
     if text is None:
         return [f"{ref} has no results at profile {profile} to compare with"]
-    return differences(json.loads(path.read_text()), json.loads(text), record.tolerance)
+    return differences(json.loads(path.read_text()), json.loads(text), record.tolerances)
 
 
-def differences(fresh: dict, reference: dict, tolerance: float) -> list[str]:
-    """Verdicts that changed, then measurements that are missing, new or beyond the tolerance."""
+def differences(fresh: dict, reference: dict, tolerances: dict[str, float]) -> list[str]:
+    """Verdicts and effects that changed, then measurements missing, new or beyond the tolerance.
+
+    Args:
+        fresh, reference: contents of two results.json.
+        tolerances: relative difference allowed by metric; `DEFAULT_TOLERANCE` for the others.
+    """
     lines = []
     old_claims, new_claims = reference["claims"], fresh["claims"]
     for name in {**old_claims, **new_claims}:
@@ -67,6 +74,7 @@ def differences(fresh: dict, reference: dict, tolerance: float) -> list[str]:
         new = new_claims.get(name, {}).get("verdict", "absent")
         if old != new:
             lines.append(f"claim {name}: {old} -> {new}")
+        lines += _changed_effects(name, new_claims.get(name, {}), old_claims.get(name, {}))
     old_values, new_values = _by_key(reference), _by_key(fresh)
     for key in {**old_values, **new_values}:
         name = " ".join(str(part) for part in key if part not in ("", None))
@@ -74,9 +82,28 @@ def differences(fresh: dict, reference: dict, tolerance: float) -> list[str]:
             lines.append(f"{name}: {'gone' if key in old_values else 'new'}")
             continue
         old, new = old_values[key], new_values[key]
-        if abs(new - old) > tolerance * max(abs(new), abs(old)) + _FLOOR:
+        if not _alike(new, old, tolerances.get(key[0], DEFAULT_TOLERANCE)):
             lines.append(f"{name}: {old:g} -> {new:g}")
     return lines
+
+
+def _changed_effects(claim: str, fresh: dict, reference: dict) -> list[str]:
+    """Effects of a claim's tests outside both the tolerance and the reference's interval."""
+    lines = []
+    old_tests, new_tests = reference.get("tests", {}), fresh.get("tests", {})
+    for name in old_tests.keys() & new_tests.keys():
+        old, new = old_tests[name], new_tests[name]
+        if "effect" not in old or "effect" not in new:
+            continue  # a timing, which may differ
+        before, now = old["effect"], new["effect"]
+        inside = old.get("low", before) <= now <= old.get("high", before)
+        if not inside and not _alike(now, before, DEFAULT_TOLERANCE):
+            lines.append(f"claim {claim}, {name}: {before:g} -> {now:g}")
+    return sorted(lines)
+
+
+def _alike(a: float, b: float, tolerance: float) -> bool:
+    return abs(a - b) <= tolerance * max(abs(a), abs(b)) + _FLOOR
 
 
 def _by_key(results: dict) -> dict[tuple, float]:
