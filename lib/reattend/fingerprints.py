@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-import yaml
+from reattend.project import load_yaml
 
 LIBRARY = Path(__file__).parent
 
@@ -96,7 +96,7 @@ def paper_fingerprint(notebook: Path, library: Path = LIBRARY) -> dict:
     Outputs and metadata of the notebook, Markdown cells, comments and docstrings do not count.
     """
     sources = notebook_sources(notebook)
-    record = yaml.safe_load(notebook.with_suffix(".yaml").read_text(encoding="utf8"))
+    record = load_yaml(notebook.with_suffix(".yaml").read_text(encoding="utf8"))
     modules = imported_modules(sources, library)
     return {
         "cells": digest([source_hash(source) for source in sources]),

@@ -13,8 +13,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from reattend.project import load_yaml
 
 PROFILES = ("smoke", "cpu", "gpu")
 
@@ -84,7 +85,7 @@ def load_params(root: Path) -> dict:
         raise ParameterError(
             f"no params.yaml in the project's root; restore it from git ({path.name})"
         )
-    loaded = yaml.safe_load(path.read_text(encoding="utf8"))
+    loaded = load_yaml(path.read_text(encoding="utf8"))
     if not isinstance(loaded, dict) or not {"profile", "papers"} <= loaded.keys():
         raise ParameterError("params.yaml needs the keys 'profile' and 'papers'")
     return loaded

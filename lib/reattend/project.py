@@ -1,8 +1,14 @@
-"""Where things lie in a checkout."""
+"""Where things lie in a checkout, and how its YAML files are read."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+# The C parser where PyYAML was built with it: ten times as fast.
+_SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -28,3 +34,12 @@ def study_directory(root: Path, family: str, slug: str, profile: str) -> Path:
 def results_directory(root: Path, family: str, slug: str, profile: str) -> Path:
     """Where the pipeline puts a paper's tables, figures and results."""
     return root / "figures" / family / slug / profile
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: when it is not valid.
+    """
+    return yaml.load(text, Loader=_SAFE_LOADER)

@@ -25,10 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from reattend.locks import locked
+from reattend.project import load_yaml
 
 CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 _MANIFEST = ".reattend.json"
@@ -67,7 +67,7 @@ class Asset(BaseModel):
 
 def catalogue() -> dict[str, Asset]:
     """All assets by name."""
-    entries = yaml.safe_load(CATALOGUE.read_text(encoding="utf8"))
+    entries = load_yaml(CATALOGUE.read_text(encoding="utf8"))
     return {name: Asset(**entry) for name, entry in entries.items()}
 
 

@@ -14,12 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from reattend.assets.store import AssetError, asset_path, cache_directory, fetch, find
 from reattend.fingerprints import digest, module_fingerprint
 from reattend.locks import locked
+from reattend.project import load_yaml
 
 CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 
@@ -41,7 +41,7 @@ class Backbone(BaseModel):
 
 def catalogue() -> dict[str, Backbone]:
     """All backbones by name."""
-    entries = yaml.safe_load(CATALOGUE.read_text(encoding="utf8"))
+    entries = load_yaml(CATALOGUE.read_text(encoding="utf8"))
     return {name: Backbone(**entry) for name, entry in entries.items()}
 
 
