@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+from reattend.pipeline.notebooks import noted_cell
 
 INTERVAL = 2.0  # seconds between looks at the running notebooks
 
@@ -17,7 +18,7 @@ class Display:
 
     Args:
         seconds: what each paper took last time; None where unknown.
-        executed: the executed copy of each paper's notebook, which grows cell by cell.
+        executed: the executed copy of each paper's notebook.
         jobs: how many run at once.
     """
 
@@ -80,19 +81,12 @@ class Display:
             print(line, flush=True)
 
     def _running(self) -> dict[str, str]:
-        """Papers whose executed copy is being written since the start, with the cell they are in."""
+        """Papers whose notebook has begun a cell since the start, with that cell."""
         running = {}
         for slug, path in self.executed.items():
-            if slug in self.outcomes:
-                continue
-            try:
-                if path.stat().st_mtime < self.launched:
-                    continue
-                cells = json.loads(path.read_text(encoding="utf8"))["cells"]
-            except (OSError, ValueError):
-                continue  # not begun, or just being written
-            begun = sum(bool(c["metadata"].get("papermill", {}).get("start_time")) for c in cells)
-            running[slug] = f"cell {begun} of {len(cells)}"
+            cell = noted_cell(path, self.launched) if slug not in self.outcomes else None
+            if cell:
+                running[slug] = f"cell {cell[0]} of {cell[1]}"
         return running
 
     def _left(self) -> float | None:

@@ -87,6 +87,23 @@ def source(cell: dict) -> str:
     return "".join(cell["source"])
 
 
+def note_cell(executed: Path, number: int, count: int) -> None:
+    """Say beside an executed copy, which is written now and then, which cell has begun."""
+    executed.with_suffix(".cell").write_text(f"{number} {count}", encoding="utf8")
+
+
+def noted_cell(executed: Path, since: float) -> tuple[int, int] | None:
+    """Number of the cell that began last and count of cells; None if none began after `since`."""
+    path = executed.with_suffix(".cell")
+    try:
+        if path.stat().st_mtime < since:
+            return None
+        number, count = path.read_text(encoding="utf8").split()
+    except (OSError, ValueError):
+        return None  # not begun, or just being written
+    return int(number), int(count)
+
+
 def running_cell(executed: Path) -> str | None:
     """Source of the cell that an unfinished executed copy was in; None if it had begun none."""
     try:

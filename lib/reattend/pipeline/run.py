@@ -107,17 +107,21 @@ def execute(
     out: Path,
     timeout: float,
 ) -> None:
-    """Run all cells in a fresh kernel, writing the executed copy after each.
+    """Run all cells in a fresh kernel, writing the executed copy now and then and at the end.
 
     Raises:
         CommandError: names the notebook, the cell and the copy to look at.
     """
-    # jsonschema, if it can, compiles a grammar for web addresses: a second that no notebook needs.
-    sys.modules.setdefault("rfc3987_syntax", None)
+    # What papermill and jsonschema import if they can, at up to a second: access to remote files and
+    # a grammar for web addresses, which no notebook's execution needs.
+    for name in ("rfc3987_syntax", "pyarrow"):
+        sys.modules.setdefault(name, None)
     # Imported here: papermill takes half a second that other commands should not pay.
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+
+    from reattend.pipeline import engine
 
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the raised error says it better
     executed.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +132,7 @@ def execute(
                 str(notebook.path),
                 str(executed),
                 parameters=parameters,
+                engine_name=engine.NAME,
                 kernel_name="python3",
                 cwd=str(notebook.path.parent),
                 progress_bar=sys.stderr.isatty(),
