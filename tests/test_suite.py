@@ -35,7 +35,9 @@ def test_notice_follows_the_catalogue(root):
 
 def test_scoreboard_follows_the_results(root):
     text = (root / "README.md").read_text()
-    assert text == readme_with_scoreboard(text, scoreboard(root, "cpu")), "run `reattend report`"
+    assert text == readme_with_scoreboard(text, scoreboard(root, "cpu"), "cpu"), (
+        "run `reattend report`"
+    )
 
 
 def test_committed_results_belong_to_the_committed_code(root, tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""The scoreboard: every claim of every paper, what was reported, what was found, the verdict."""
+"""The scoreboard: every claim of every paper, what was reported, what was found, the verdict.
+
+It shows the results of one profile and, where there are any, the verdicts of the other beside them.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,12 @@ class Row:
     n: str
     verdict: str
     seconds: str
+    elsewhere: str  # verdict and n at the other profile
+
+
+def other(profile: str) -> str:
+    """The profile whose verdicts stand beside those of `profile`; smoke has none."""
+    return "cpu" if profile == "gpu" else "gpu"
 
 
 def scoreboard(root: Path, profile: str) -> list[Row]:
@@ -55,57 +64,103 @@ def write_report(root: Path, profile: str) -> list[Row]:
     readme = root / "README.md"
     if readme.exists():
         text = readme.read_text(encoding="utf8")
-        renewed = readme_with_scoreboard(text, rows)
+        renewed = readme_with_scoreboard(text, rows, profile)
         if renewed != text:
             write_text(readme, renewed)
     return rows
 
 
-def readme_with_scoreboard(text: str, rows: list[Row]) -> str:
+def readme_with_scoreboard(text: str, rows: list[Row], profile: str) -> str:
     """README's text with the scoreboard between its two markers renewed."""
     head, begin, rest = text.partition(_BEGIN)
     _, end, tail = rest.partition(_END)
     if not (begin and end):
         return text
-    return f"{head}{_BEGIN}\n\n{summary(rows)}\n\n{_table(rows)}\n\n{_END}{tail}"
+    return (
+        f"{head}{_BEGIN}\n\n{_summaries(rows, profile)}\n\n{_table(rows, profile)}\n\n{_END}{tail}"
+    )
 
 
 def summary(rows: list[Row]) -> str:
     """How many claims have which verdict, in one line."""
-    counts = Counter(row.verdict for row in rows)
-    papers = len({row.paper for row in rows})
+    return _count({(row.paper, row.claim): row.verdict for row in rows})
+
+
+def _summaries(rows: list[Row], profile: str) -> str:
+    """The same, and for what has also run at the other profile."""
+    elsewhere = {(r.paper, r.claim): r.elsewhere.partition(" (n")[0] for r in rows if r.elsewhere}
+    line = f"\n\nAt profile `{other(profile)}`, {_count(elsewhere)}" if elsewhere else ""
+    return summary(rows) + line
+
+
+def _count(verdicts: dict[tuple[str, str], str]) -> str:
+    counts = Counter(verdicts.values())
+    papers = len({paper for paper, _ in verdicts})
     parts = [f"{counts[v]} {v}" for v in (*VERDICTS, SMOKE, NOT_RUN) if counts[v]]
-    return f"{len(rows)} claims of {papers} papers: {', '.join(parts)}."
+    return f"{len(verdicts)} claims of {papers} papers: {', '.join(parts)}."
 
 
 def _rows(root: Path, record: Record, profile: str) -> list[Row]:
-    directory = results_directory(root, record.family, record.slug, profile)
-    results, facts = _read(directory / "results.json"), _read(directory / "run.json")
-    stored = results.get("claims", {})
-    seconds = f"{facts['seconds']:.0f}" if "seconds" in facts else ""
-    timing = facts.get("timing_tests", {})
-    return [
-        _row(record, claim, stored.get(claim.id, {}), timing, seconds) for claim in record.claims
-    ]
+    here, there = (Found.read(root, record, name) for name in (profile, other(profile)))
+    return [_row(record, claim, here, there) for claim in record.claims]
 
 
-def _row(record: Record, claim: Claim, stored: dict, timing: dict, seconds: str) -> Row:
-    tests = {
-        name: numbers | timing.get(f"{claim.id}.{name}", {})
-        for name, numbers in stored.get("tests", {}).items()
-    }
-    measured = [t for t in tests.values() if "effect" in t]
+@dataclass(frozen=True)
+class Found:
+    """What a paper's run at one profile left; empty where it has not run."""
+
+    results: dict
+    facts: dict
+
+    @classmethod
+    def read(cls, root: Path, record: Record, profile: str) -> Found:
+        directory = results_directory(root, record.family, record.slug, profile)
+        return cls(_read(directory / "results.json"), _read(directory / "run.json"))
+
+    def tests(self, claim: Claim) -> dict[str, dict]:
+        """Numbers of a claim's tests, timings included."""
+        timing = self.facts.get("timing_tests", {})
+        return {
+            name: numbers | timing.get(f"{claim.id}.{name}", {})
+            for name, numbers in self._stored(claim).get("tests", {}).items()
+        }
+
+    def n(self, claim: Claim) -> str:
+        """The distinct numbers of items behind a claim."""
+        measured = [t for t in self.tests(claim).values() if "effect" in t]
+        return ", ".join(dict.fromkeys(str(t["n"]) for t in measured))
+
+    def verdict(self, claim: Claim) -> str:
+        """A claim's verdict, or why there is none."""
+        return self._stored(claim).get("verdict", NOT_RUN) or SMOKE
+
+    @property
+    def seconds(self) -> str:
+        """How long the run took."""
+        return f"{self.facts['seconds']:.0f}" if "seconds" in self.facts else ""
+
+    def _stored(self, claim: Claim) -> dict:
+        return self.results.get("claims", {}).get(claim.id, {})
+
+
+def _row(record: Record, claim: Claim, here: Found, there: Found) -> Row:
+    elsewhere = there.verdict(claim) if there.results and not claim.out_of_reach else ""
     return Row(
         family=record.family,
         paper=record.slug,
         claim=claim.id,
         says=claim.says,
         reported=claim.reported,
-        ours="; ".join(_numbers(name, numbers) for name, numbers in tests.items()),
-        n=", ".join(dict.fromkeys(str(t["n"]) for t in measured)),
-        verdict=stored.get("verdict", NOT_RUN) or SMOKE,
-        seconds=seconds,
+        ours=_ours(here, claim),
+        n=here.n(claim),
+        verdict=here.verdict(claim),
+        seconds=here.seconds,
+        elsewhere=f"{elsewhere} (n {there.n(claim)})" if elsewhere else "",
     )
+
+
+def _ours(found: Found, claim: Claim) -> str:
+    return "; ".join(_numbers(name, test) for name, test in found.tests(claim).items())
 
 
 def _numbers(name: str, test: dict) -> str:
@@ -130,19 +185,24 @@ def _csv(rows: list[Row]) -> str:
     return out.getvalue()
 
 
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[Row], profile: str) -> str:
     head = [
-        "| paper | claim | reported | ours (95 % interval) | n | verdict | s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| paper | claim | reported | ours (95 % interval) | n | verdict | s | at {other(profile)} |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines = []
     for row in rows:
         says, reported, ours = (_cell(text) for text in (row.says, row.reported, row.ours))
         paper = f"[{row.paper}](notebooks/{row.family}/{row.paper}.ipynb)"
-        verdict = f"{_SIGNS.get(row.verdict, '')} {row.verdict}".strip()
-        cells = [paper, says, reported, ours, row.n, verdict, row.seconds]
+        cells = [paper, says, reported, ours, row.n, _signed(row.verdict), row.seconds]
+        cells.append(_signed(row.elsewhere))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*head, *lines])
+
+
+def _signed(verdict: str) -> str:
+    """A verdict, with or without its n, behind its sign."""
+    return f"{_SIGNS.get(verdict.partition(' (n')[0], '')} {verdict}".strip()
 
 
 def _cell(text: str) -> str:
@@ -152,26 +212,48 @@ def _cell(text: str) -> str:
 
 def _figures_page(root: Path, rows: list[Row], profile: str) -> str:
     """figures/README.md: the scoreboard, then every paper's figures with their captions."""
-    table = _table(rows).replace("](notebooks/", "](../notebooks/")
+    table = _table(rows, profile).replace("](notebooks/", "](../notebooks/")
     parts = [
         "# Results",
         f"Generated by `reattend report` from the results at profile `{profile}`.",
-        summary(rows),
+        _summaries(rows, profile),
         table,
     ]
-    for slug, record in load_records(root).items():
-        directory = results_directory(root, record.family, slug, profile)
-        captions = _read(directory / "results.json").get("captions", [])
-        pictures = [
-            f"![{caption}]({record.family}/{slug}/{profile}/{name}.png)\n\n*{caption}*"
-            for name, caption in captions
-            if (directory / f"{name}.png").exists()
-        ]
-        tables = [
-            f"- [{caption}]({record.family}/{slug}/{profile}/{name}.csv)"
-            for name, caption in captions
-            if (directory / f"{name}.csv").exists()
-        ]
-        if captions:
-            parts += [f"## {record.title}", record.citation, "\n".join(tables), *pictures]
+    for record in load_records(root).values():
+        shown, folded = _exhibits(root, record, profile), _exhibits(root, record, other(profile))
+        if shown or folded:
+            parts += [f"## {record.title}", record.citation, *shown]
+        if folded:
+            found = Found.read(root, record, other(profile))
+            where = f"at profile {other(profile)} ({found.facts['device']}, {found.seconds} s)"
+            parts += [f"<details><summary>The same {where}</summary>", _claims(record, found)]
+            parts += [*folded, "</details>"]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _exhibits(root: Path, record: Record, profile: str) -> list[str]:
+    """Links to a paper's tables, then its figures with their captions; empty if it has not run."""
+    directory = results_directory(root, record.family, record.slug, profile)
+    place = f"{record.family}/{record.slug}/{profile}"
+    captions = _read(directory / "results.json").get("captions", [])
+    tables = [
+        f"- [{caption}]({place}/{name}.csv)"
+        for name, caption in captions
+        if (directory / f"{name}.csv").exists()
+    ]
+    pictures = [
+        f"![{caption}]({place}/{name}.png)\n\n*{caption}*"
+        for name, caption in captions
+        if (directory / f"{name}.png").exists()
+    ]
+    return ["\n".join(tables), *pictures] if captions else []
+
+
+def _claims(record: Record, found: Found) -> str:
+    """A paper's claims with the numbers of one run."""
+    lines = ["| claim | ours (95 % interval) | n | verdict |", "| --- | --- | --- | --- |"]
+    for claim in record.claims:
+        if not claim.out_of_reach:
+            cells = [_cell(claim.says), _cell(_ours(found, claim)), found.n(claim)]
+            lines.append(f"| {' | '.join([*cells, _signed(found.verdict(claim))])} |")
+    return "\n".join(lines)
