@@ -259,12 +259,21 @@ def _seed_everything(seed: int) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Convolutions on a GPU otherwise round to ten bits, which exact accounts do not survive.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _commit(root: Path) -> str | None:
-    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    """The commit that the code came from, with "+" when it has been edited since; None without Git."""
+    if shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+
+    commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+    edited = git("diff", "--quiet", "HEAD", "--", "lib", "notebooks", "params.yaml").returncode
+    return f"{commit}+" if commit and edited else commit or None
 
 
 def _round(value: float) -> float:

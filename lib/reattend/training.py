@@ -94,7 +94,11 @@ def train(
     Raises TrainingDiverged, and ValueError when the batches run out.
     """
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=plan.rate(0), betas=plan.betas, weight_decay=plan.weight_decay
+        model.parameters(),
+        lr=plan.rate(0),
+        betas=plan.betas,
+        weight_decay=plan.weight_decay,
+        fused=True if next(model.parameters()).is_cuda else None,  # small models wait for launches
     )
     log, source = TrainingLog(), iter(batches)
     model.train()
@@ -107,20 +111,21 @@ def train(
             group["lr"] = plan.rate(step)
         optimiser.zero_grad()
         value = loss(model, batch)
-        if not value.isfinite():
+        number = value.item()
+        if not math.isfinite(number):
             where = origin_of_divergence(model, loss, batch)
-            raise TrainingDiverged(f"loss is {value.item()} at step {step}: {where} is not finite")
+            raise TrainingDiverged(f"loss is {number} at step {step}: {where} is not finite")
         value.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
-        if not norm.isfinite():
+        norm = nn.utils.clip_grad_norm_(model.parameters(), plan.clip).item()
+        if not math.isfinite(norm):
             names = [n for n, p in model.named_parameters() if p.grad is not None]
             bad = [n for n in names if not model.get_parameter(n).grad.isfinite().all()]
             raise TrainingDiverged(
-                f"gradient is {norm.item()} at step {step}: {', '.join(bad) or 'its norm overflows'}"
+                f"gradient is {norm} at step {step}: {', '.join(bad) or 'its norm overflows'}"
             )
         optimiser.step()
-        log.losses.append(value.item())
-        log.gradient_norms.append(norm.item())
+        log.losses.append(number)
+        log.gradient_norms.append(norm)
         after_step(step)
         if stop is not None and (step + 1) % check_every == 0:
             model.eval()

@@ -20,9 +20,9 @@ from reattend.attention.blocks import (
     expand_to_tokens,
     query_block_count,
 )
-from reattend.attention.dense import causal_sdpa, dense_attention
+from reattend.attention.dense import causal_sdpa, dense_attention, repeat_key_heads
 
-Backend = Literal["auto", "dense", "gather", "flex"]
+Backend = Literal["auto", "dense", "gather", "masked", "flex"]
 
 # Upper limit on the copies of keys and values that are alive at once, in numbers; small enough to
 # stay near the cache.
@@ -56,8 +56,10 @@ def block_sparse_attention(
     Args:
         block_mask: the selected blocks, on the grid of `reattend.attention.blocks`.
         scale: factor on the scores; 1 / sqrt(dim) when None.
-        backend: "auto" is flex on CUDA and gather elsewhere. Except for "dense", the reference, a
-            selection of every block runs through the fused dense kernel.
+        backend: "auto" is masked on CUDA and gather elsewhere. Masked is torch's fused kernel under
+            the token mask: it computes what is not selected, needs no compiler, and takes any block
+            size; flex skips it, but on a GPU wants blocks of a multiple of 128. Except for "dense",
+            the reference, a selection of every block runs through the fused dense kernel.
         causal: blocks above the diagonal are dropped and diagonal blocks are causal by tokens.
             Otherwise queries and keys are two unrelated sequences whose grids both start at 0.
 
@@ -79,8 +81,10 @@ def block_sparse_attention(
         return dense_attention(query, key, value, mask=tokens, scale=scale)
     if _selects_everything(block_mask, causal):
         return _plain(query, key, value, scale, causal)
-    if backend == "flex" or (backend == "auto" and query.is_cuda):
+    if backend == "flex":
         return _flex(query, key, value, block_mask, block_size, scale, causal)
+    if backend == "masked" or (backend == "auto" and query.is_cuda):
+        return _masked(query, key, value, block_mask, block_size, scale, causal)
     return _gather(query, key, value, block_mask, block_size, scale, causal)
 
 
@@ -114,6 +118,26 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
     if causal:
         return causal_sdpa(query, key, value, scale=scale)
     return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+
+
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Tensor,
+    block_size: int,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """Torch's fused kernel under the token mask, a sequence at a time to hold few masks."""
+    key, value = (repeat_key_heads(x, query.shape[1]) for x in (key, value))
+    outputs = []
+    for q, k, v, blocks in zip(*(x.split(1) for x in (query, key, value, block_mask)), strict=True):
+        tokens = expand_to_tokens(blocks, block_size, q.shape[2], k.shape[2], causal=causal)
+        empty = ~tokens.any(dim=-1, keepdim=True)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=tokens | empty, scale=scale)
+        outputs.append(output.masked_fill(empty, 0.0))
+    return torch.cat(outputs)
 
 
 # --- gather ---

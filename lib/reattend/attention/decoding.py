@@ -150,7 +150,7 @@ def decode(
 
     logits, real = prompt.logits, prompt.real
     choices, likelihoods, reads, selecting = [], [], [], []
-    started = time.perf_counter()
+    started = _clock(logits.device)
     with attach(model, method):
         for step in range(steps):
             choices.append(logits.argmax(dim=-1))
@@ -168,7 +168,7 @@ def decode(
             )
             reads.append(method.kv_reads - before[0])
             selecting.append(method.selection_reads - before[1])
-    seconds = time.perf_counter() - started
+    seconds = _clock(logits.device) - started
     keys, values = cache.layers[0].keys, cache.layers[0].values
     return Decoding(
         tokens=torch.stack(choices, dim=1),
@@ -178,6 +178,13 @@ def decode(
         entry_bytes=sum(x.shape[-1] * x.element_size() for x in (keys, values)),
         seconds=seconds,
     )
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _positions(real: Tensor | None, queries: int) -> dict[str, Tensor]:

@@ -106,6 +106,9 @@ def causal_sdpa(
     """Dense causal attention by torch's fused kernel, the last query standing at the last key."""
     batch, query_heads, queries = query.shape[:3]
     keys = key.shape[2]
+    if query.is_cuda and queries > 1:
+        # The fused kernel for float32 knows no grouped heads; torch would hold every score instead.
+        key, value = (repeat_key_heads(x, query_heads) for x in (key, value))
     if queries == keys:
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=True

@@ -48,8 +48,15 @@ SETTINGS = {
         ((32, 8, 400), (64, 16, 100), (128, 32, 150), (256, 48, 150), (512, 64, 300)),
     ),
     "gpu": Setting(
-        (16, 24, 32, 48),
-        ((32, 8, 1000), (128, 32, 1000), (512, 64, 1000), (1024, 64, 500)),
+        (16, 24, 32),
+        (
+            (32, 8, 600),
+            (64, 16, 100),
+            (128, 32, 150),
+            (256, 48, 150),
+            (512, 64, 300),
+            (1024, 64, 300),
+        ),
     ),
 }
 RATE = 5e-3  # at width 32; Adam's rate has to fall as the width grows
@@ -117,12 +124,14 @@ def untrained(width: int) -> LlamaForCausalLM:
 def build(target: Path, profile: str) -> None:
     """Train the models of a profile and write each into a directory named by its width."""
     setting = SETTINGS[profile]
+    device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
     steps = sum(count for *_, count in setting.stages)
     for width in setting.widths:
         torch.manual_seed(0)
         plan = TrainingPlan(steps, RATE * 32 / width, 0.01, warmup=min(30, steps // 2))
-        model = untrained(width)
-        log = train(model, _batches(setting.stages), _loss, plan)
+        model = untrained(width).to(device)
+        batches = (tuple(part.to(device) for part in batch) for batch in _batches(setting.stages))
+        log = train(model, batches, _loss, plan)
         model.save_pretrained(target / str(width))
         recent = log.losses[-20:]
         print(f"width {width}: loss {sum(recent) / len(recent):.3f}", flush=True)

@@ -237,7 +237,7 @@ def local_attention(
     mixed = F.scaled_dot_product_attention(
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=seen
     )
-    return mixed.view(batch, heads, length + missing, -1)[:, :, :length]
+    return mixed.reshape(batch, heads, length + missing, -1)[:, :, :length]
 
 
 # --- online k-means ------------------------------------------------------------------------------

@@ -199,6 +199,16 @@ class BiLSTM(nn.Module):
         self.onward = nn.LSTM(inputs, hidden, batch_first=True)
         self.back = nn.LSTM(inputs, hidden, batch_first=True)
 
+    def train(self, mode: bool = True) -> BiLSTM:
+        """As of any module, but the LSTMs, which have no dropout, always train: cuDNN asks for it.
+
+        It gives no gradients in evaluation mode, and importance is one.
+        """
+        super().train(mode)
+        self.onward.train()
+        self.back.train()
+        return self
+
     def forward(
         self, words: Float[Tensor, "batch length width"], mask: Bool[Tensor, "batch length"]
     ) -> tuple[Float[Tensor, "batch length states"], Float[Tensor, "batch states"]]:
