@@ -86,7 +86,7 @@ def test_ctrl_c_ends_everything_and_a_second_run_continues(three):
     slow = "import time\ntime.sleep(3)\n" + EXPERIMENT
     three.write_paper("toy_a", slow)
     process = start(three, "--profile", "smoke", "--jobs", "2")
-    wait_until(lambda: (three.root / "build/executed/theory/toy_a.smoke.ipynb").exists())
+    wait_until(lambda: (three.root / "build/executed/theory/toy_a.smoke.cell").exists())
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
@@ -97,10 +97,13 @@ def test_ctrl_c_ends_everything_and_a_second_run_continues(three):
 
 def test_a_killed_stage_is_tried_once_more(three):
     suicide = (
-        "import os, pathlib, signal\n"
+        "import pathlib, psutil\n"
         "if not pathlib.Path('../../build/tried').exists():\n"
         "    pathlib.Path('../../build/tried').touch()\n"
-        "    os.kill(os.getppid(), signal.SIGKILL)\n"
+        "    for process in psutil.process_iter(['cmdline', 'cwd']):\n"
+        "        here = process.info['cwd'] == str(pathlib.Path('../..').resolve())\n"
+        "        if here and {'run', 'toy_b'} <= set(process.info['cmdline'] or []):\n"
+        "            process.kill()\n"
     )
     three.write_paper("toy_b", suicide + EXPERIMENT)
     done = three.reattend("repro", "--profile", "smoke", "--jobs", "2", check=True)
@@ -112,7 +115,7 @@ def test_a_second_repro_says_so(three):
     three.write_paper("toy_a", "import time\ntime.sleep(60)")
     process = start(three, "--profile", "smoke", "--jobs", "1", "toy_a")
     try:
-        wait_until(lambda: (three.root / "build/executed/theory/toy_a.smoke.ipynb").exists())
+        wait_until(lambda: (three.root / "build/executed/theory/toy_a.smoke.cell").exists())
         second = three.reattend("repro", "--profile", "smoke", "toy_b")
         assert second.returncode == 1
         assert "another `reattend repro` is at work" in second.stderr

@@ -122,12 +122,13 @@ def execute(
     from papermill.exceptions import PapermillExecutionError
 
     from reattend.pipeline import engine
+    from reattend.pipeline.warm_kernels import provisioner
 
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the raised error says it better
     executed.parent.mkdir(parents=True, exist_ok=True)
     parameters = {"profile": profile} | ({"overrides": overrides} if overrides else {})
     try:
-        with _environment(REATTEND_OUT=str(out), **_threads()), _interruptible():
+        with _environment(REATTEND_OUT=str(out), **threads(), **provisioner()), _interruptible():
             papermill.execute_notebook(
                 str(notebook.path),
                 str(executed),
@@ -233,7 +234,7 @@ def kernel_config():
     return Config({"KernelManager": {"transport_encryption": "auto"}})
 
 
-def _threads() -> dict[str, str]:
+def threads() -> dict[str, str]:
     """One thread a kernel, unless OMP_NUM_THREADS says otherwise.
 
     Sums are split by threads and round differently, so a fixed number makes results independent of

@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from reattend.pipeline.orphans import VARIABLE, end_with_parent
+from reattend.pipeline.run import threads
 
 RETRIES = 1  # for a stage whose process was killed (out of memory, kill -9)
 PATIENCE = 20  # seconds that stopped stages get to end their kernels
@@ -45,8 +46,11 @@ def run_stages(
     """
     from distributed import as_completed
 
+    from reattend.pipeline.warm_kernels import kernel_server
+
     outcomes: dict[str, Outcome] = {}
-    with _client(jobs, scheduler) as client:
+    kernels = nullcontext() if scheduler else kernel_server(environment() | threads())
+    with kernels, _client(jobs, scheduler) as client:
         resources = {"GPU": 1} if _profile_is_gpu(root) and scheduler else None
         futures = {
             client.submit(run_stage, str(root), slug, force, pure=False, resources=resources): slug
