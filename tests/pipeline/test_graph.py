@@ -5,6 +5,8 @@ import re
 
 import yaml
 
+from tests.pipeline.toy import Checkout
+
 
 def ran(output: str) -> set[str]:
     return set(re.findall(r"Running stage '([^']+)'", output))
@@ -136,3 +138,17 @@ def test_tidy_keeps_the_outputs_of_checked_cells_only(checkout):
 def test_compare_names_bad_revisions(checkout):
     done = checkout.reattend("compare", "--ref", "nowhere")
     assert (done.returncode, "no Git revision 'nowhere'" in done.stderr) == (2, True)
+
+
+def test_a_changed_catalogue_entry_fetches_its_asset_again(tmp_path):
+    own = Checkout(tmp_path / "own", ["toy"])
+    own.write_paper("toy", needs={"assets": ["needles"]})
+    own.reattend("sync", check=True)
+    own.reattend("repro", "--profile", "smoke", check=True)
+    assert "up to date" in own.dvc("status", check=True).stdout
+    catalogue = own.root / "lib/reattend/assets/catalogue.yaml"
+    entries = yaml.safe_load(catalogue.read_text())
+    entries["needles"]["about"] = "the same"
+    catalogue.write_text(yaml.safe_dump(entries))
+    # Another description, the same files: the paper has nothing new to go by.
+    assert ran(own.dvc("repro", check=True).stdout) == {"fingerprint", "fetch-needles"}

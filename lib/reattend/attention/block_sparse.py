@@ -20,7 +20,7 @@ from reattend.attention.blocks import (
     expand_to_tokens,
     query_block_count,
 )
-from reattend.attention.dense import causal_sdpa, dense_attention, repeat_key_heads
+from reattend.attention.dense import causal_sdpa, dense_attention, masked_sdpa
 
 Backend = Literal["auto", "dense", "gather", "masked", "flex"]
 
@@ -129,14 +129,11 @@ def _masked(
     scale: float,
     causal: bool,
 ) -> Tensor:
-    """Torch's fused kernel under the token mask, a sequence at a time to hold few masks."""
-    key, value = (repeat_key_heads(x, query.shape[1]) for x in (key, value))
+    """Torch's fused kernel under the token mask, of which there is one at a time."""
     outputs = []
     for q, k, v, blocks in zip(*(x.split(1) for x in (query, key, value, block_mask)), strict=True):
         tokens = expand_to_tokens(blocks, block_size, q.shape[2], k.shape[2], causal=causal)
-        empty = ~tokens.any(dim=-1, keepdim=True)
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=tokens | empty, scale=scale)
-        outputs.append(output.masked_fill(empty, 0.0))
+        outputs.append(masked_sdpa(q, k, v, tokens, scale=scale))
     return torch.cat(outputs)
 
 

@@ -125,3 +125,25 @@ def causal_sdpa(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
     )
+
+
+def masked_sdpa(
+    query: Float[Tensor, "batch query_heads queries dim"],
+    key: Float[Tensor, "batch key_heads keys dim"],
+    value: Float[Tensor, "batch key_heads keys value_dim"],
+    mask: Bool[Tensor, "batch query_heads queries keys"],
+    *,
+    scale: float,
+) -> Float[Tensor, "batch query_heads queries value_dim"]:
+    """Attention under a token mask by torch's fused kernel, which never holds the scores.
+
+    That kernel, on CUDA, knows no grouped heads and turns the mask into numbers: those of one
+    sequence at a time. Queries without any allowed key get zeros.
+    """
+    key, value = (repeat_key_heads(x, query.shape[1]) for x in (key, value))
+    outputs = []
+    for q, k, v, allowed in zip(*(x.split(1) for x in (query, key, value, mask)), strict=True):
+        empty = ~allowed.any(dim=-1, keepdim=True)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | empty, scale=scale)
+        outputs.append(output.masked_fill(empty, 0.0))
+    return torch.cat(outputs)

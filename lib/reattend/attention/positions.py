@@ -31,18 +31,21 @@ def rotary(
     return torch.cat(turned, dim=-1)
 
 
-def alibi_slopes(heads: int) -> Float[Tensor, " heads"]:
+def alibi_slopes(heads: int, device: torch.device | None = None) -> Float[Tensor, " heads"]:
     """Slopes of the linear biases: a geometric series from 2 ** (-8 / heads) to 2 ** -8.
 
     Press et al. 2022 (arXiv 2108.12409), section 3, for any number of heads.
     """
-    return 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
+    return 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=device) / heads)
 
 
-def alibi_bias(heads: int, queries: int, keys: int) -> Float[Tensor, "heads queries keys"]:
+def alibi_bias(
+    heads: int, queries: int, keys: int, device: torch.device | None = None
+) -> Float[Tensor, "heads queries keys"]:
     """-slope * distance for keys at or before the query; the last query stands at the last key.
 
     Keys after the query get a positive value: mask them.
     """
-    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
-    return -alibi_slopes(heads)[:, None, None] * distance
+    rows = torch.arange(keys - queries, keys, device=device)
+    distance = rows[:, None] - torch.arange(keys, device=device)
+    return -alibi_slopes(heads, device)[:, None, None] * distance

@@ -79,7 +79,7 @@ class SoftmaxAttention(nn.Module):
         seen = causal_token_mask(queries, keys, q.device)
         if self.position_kind != "alibi":
             return {"attn_mask": seen}
-        bias = alibi_bias(self.heads, queries, keys).to(q)
+        bias = alibi_bias(self.heads, queries, keys, q.device).to(q)
         return {"attn_mask": bias.masked_fill(~seen, float("-inf"))}
 
     def state_size(self, length: int) -> int:

@@ -184,8 +184,7 @@ class Attention(nn.Module):
         length, head_width = q.shape[-2:]
         scores = q * head_width**-0.5 @ k.mT
         if self.position_kind == "alibi":
-            with x.device:  # made where it is used
-                scores = scores + alibi_bias(self.heads, length, length).to(scores)
+            scores = scores + alibi_bias(self.heads, length, length, x.device).to(scores)
         visible = causal_token_mask(length, length, x.device) if self.causal else None
         return attention_weights(scores, visible, self.activation, self.bias), v
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from reattend.attention.baselines.vertical_slash import last_weights
 from reattend.attention.blocks import diagonal_sums
-from reattend.attention.dense import repeat_key_heads
+from reattend.attention.dense import masked_sdpa
 from reattend.attention.method import (
     AttentionMethod,
     check_count,
@@ -101,24 +101,12 @@ class LineMethod(AttentionMethod, ABC):
             self.record(layer, pair_density(mask))
             # The main diagonal is always kept, so no row of the mask is empty.
             if query.is_cuda:
-                return _fused_on_cuda(query, key, value, mask, scale)
+                return masked_sdpa(query, key, value, mask, scale=scale)
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
             )
 
         return per_sequence(attend, query, key, value, padding)
-
-
-def _fused_on_cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Masked attention that never holds the scores, which torch does for grouped heads on CUDA.
-
-    Its fused kernel there turns the mask into numbers: those of one sequence at a time.
-    """
-    key, value = (repeat_key_heads(x, query.shape[1]) for x in (key, value))
-    parts = zip(*(x.split(1) for x in (query, key, value, mask)), strict=True)
-    return torch.cat(
-        [F.scaled_dot_product_attention(*qkv, attn_mask=m, scale=scale) for *qkv, m in parts]
-    )
 
 
 class VerticalSlashTokens(LineMethod):
