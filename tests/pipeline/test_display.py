@@ -10,7 +10,7 @@ from reattend.pipeline.workers import Outcome
 def test_only_what_runs_now_is_shown_with_its_cell(tmp_path, capsys):
     executed = {name: tmp_path / f"{name}.smoke.ipynb" for name in ("now", "before", "waiting")}
     note_cell(executed["before"], 9, 9)
-    with Display({name: 10.0 for name in executed}, executed, jobs=2) as display:
+    with Display(dict.fromkeys(executed, 10.0), executed, jobs=2) as display:
         note_cell(executed["now"], 3, 7)
         os.utime(executed["before"].with_suffix(".cell"), (0, display.launched - 5))
         assert display._running() == {"now": "cell 3 of 7"}
