@@ -1,14 +1,15 @@
 """A process that has imported what notebooks import, and forks a Jupyter kernel whenever it is asked.
 
-    python -P kernel_server.py SOCKET
+    python -P kernel_server.py DESCRIPTOR
 
 Run as a file, by `reattend.pipeline.warm_kernels`: it must never import anything of Reattend, so that
 every kernel imports the library as it is when the notebook runs. Kernels are processes of their own and
 share nothing but memory pages that nobody has written to.
 
-A request is one line of JSON with the kernel's command, environment and working directory, sent over a
-Unix socket together with the two files that are to be its stdout and stderr; the answer is its process
-id. The connection stays open while the kernel lives: either side that ends closes it.
+The descriptor is that of a listening Unix socket. A request is one line of JSON with the kernel's
+arguments, environment and working directory, together with the two files that are to be its stdout and
+stderr; the answer is its process id. The connection stays open while the kernel lives: either side that
+ends closes it.
 """
 
 import contextlib
@@ -24,12 +25,10 @@ import threading
 MODULES = ("torch", "pandas", "scipy.stats", "matplotlib.figure", "ipykernel.kernelapp", "IPython")
 
 
-def serve(path: str) -> None:
+def serve(listener: socket.socket) -> None:
     """Answer requests until the process is ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps kernels that have ended
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
+    with listener:
         # What IPython's kernel would say before matplotlib is imported.
         os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
         for name in MODULES:
@@ -86,4 +85,4 @@ def end_with(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -38,15 +38,20 @@ def kernel_server(environment: dict[str, str]) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="reattend-") as directory:
         path = f"{directory}/kernels"
         program = str(Path(__file__).with_name("kernel_server.py"))
-        server = subprocess.Popen(
-            [sys.executable, "-P", program, path],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is not for it
-            preexec_fn=end_with_parent,
-        )
+        with socket.socket(socket.AF_UNIX) as listener:
+            # Here, so that who asks before the server is up waits for it.
+            listener.bind(path)
+            listener.listen()
+            server = subprocess.Popen(
+                [sys.executable, "-P", program, str(listener.fileno())],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,  # Ctrl-C is not for it
+                preexec_fn=end_with_parent,
+            )
         os.environ[VARIABLE] = path
         try:
             yield

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +46,8 @@ def run_stages(
     """
     from distributed import as_completed
 
-    from reattend.pipeline.warm_kernels import kernel_server
-
     outcomes: dict[str, Outcome] = {}
-    kernels = nullcontext() if scheduler else kernel_server(environment() | threads())
-    with kernels, _client(jobs, scheduler) as client:
+    with _kernels(scheduler), _client(jobs, scheduler) as client:
         resources = {"GPU": 1} if _profile_is_gpu(root) and scheduler else None
         futures = {
             client.submit(run_stage, str(root), slug, force, pure=False, resources=resources): slug
@@ -109,6 +106,15 @@ def _profile_is_gpu(root: Path) -> bool:
     from reattend.parameters import load_params
 
     return load_params(root)["profile"] == "gpu"
+
+
+def _kernels(scheduler: str | None) -> AbstractContextManager:
+    """A process to fork kernels from, here and on Linux: elsewhere libraries do not survive a fork."""
+    if scheduler or sys.platform != "linux":
+        return nullcontext()
+    from reattend.pipeline.warm_kernels import kernel_server
+
+    return kernel_server(environment() | threads())
 
 
 @contextmanager
