@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.toy import EXPERIMENT, Checkout, heed_interrupts
+from tests.pipeline.toy import EXPERIMENT, Checkout, heed_interrupts, wait_until
 
 PAPERS = ["toy_a", "toy_b", "toy_c"]
 
@@ -51,13 +51,6 @@ def processes(checkout: Checkout) -> list[int]:
         if where.startswith(str(checkout.root)) and not dead:
             found.append(int(entry))
     return found
-
-
-def wait_until(condition, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def results(checkout: Checkout) -> dict[str, bytes]:

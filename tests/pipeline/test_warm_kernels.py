@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import nbformat
 import pytest
@@ -14,6 +13,7 @@ from nbclient.exceptions import DeadKernelError
 
 from reattend.pipeline.run import kernel_config, threads
 from reattend.pipeline.warm_kernels import VARIABLE, ForkedKernel, kernel_server, provisioner
+from tests.pipeline.toy import wait_until
 
 LOADED = "import sys\nprint('torch' in sys.modules, [m for m in sys.modules if 'reattend' in m])"
 EXPERIMENT = """\
@@ -65,13 +65,6 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def wait_until(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_kernels_start_with_torch_and_without_the_library(server, run):

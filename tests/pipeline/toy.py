@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -18,6 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def heed_interrupts() -> None:
     """Before a command starts: what a shell runs in the background ignores Ctrl-C, and passes it on."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for something to become true, not for ever."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
 
 
 SCHEMA = """\

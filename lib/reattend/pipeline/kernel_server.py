@@ -74,7 +74,7 @@ def become_kernel(connection: socket.socket, request: dict, files: list[int]) ->
         sys.argv = ["ipykernel_launcher.py", *request["arguments"], "--IPKernelApp.parent_handle=1"]
         importlib.import_module("ipykernel.kernelapp").launch_new_instance()
     finally:
-        os._exit(0)
+        os._exit(0)  # never back into the loop that forked it
 
 
 def end_with(connection: socket.socket) -> None:
