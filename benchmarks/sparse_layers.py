@@ -17,7 +17,7 @@ from reattend.attention.baselines.vertical_slash import VerticalSlash
 from reattend.attention.dense import causal_sdpa
 from reattend.attention.host import attach
 from reattend.attention.method import AttentionMethod, BlockSparseMethod
-from reattend.backbones.smollm2 import load
+from reattend.backbones.pretrained.smollm2 import load
 from reattend.data.long_tasks import prose_windows
 from reattend.data.needles import Haystack
 from reattend.data.prose import documents

@@ -14,15 +14,15 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from reattend.backbones.trunk import parameter_count
-from reattend.backbones.vision_trunk import (
+from reattend.timing import paired_times
+from reattend.trunks.language import parameter_count
+from reattend.trunks.vision import (
     MixerFactory,
     Stage,
     VisionTrunk,
     convolution,
     multiply_adds,
 )
-from reattend.timing import paired_times
 from reattend.vision.biformer import Attention, dense, routed, window
 from reattend.vision.halonet import HaloAttention
 

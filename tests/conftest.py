@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 
 from reattend.records import FAMILIES
 
-CHECKED = ["attention", "backbones", "data", "probing", "training", *FAMILIES]
+CHECKED = ["attention", "backbones", "data", "studies", "training", "trunks", *FAMILIES]
 install_import_hook([f"reattend.{name}" for name in CHECKED], "beartype.beartype")
 
 

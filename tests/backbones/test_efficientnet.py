@@ -7,8 +7,8 @@ from PIL import Image
 from torch import nn
 
 from reattend.assets.store import asset_path
-from reattend.backbones.efficientnet import EPSILON, fold_batch_norm, load, prepare
-from reattend.backbones.trunk import parameter_count
+from reattend.backbones.pretrained.efficientnet import EPSILON, fold_batch_norm, load, prepare
+from reattend.trunks.language import parameter_count
 
 
 @pytest.fixture(scope="module")

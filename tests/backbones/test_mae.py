@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reattend.backbones import mae
+from reattend.backbones.trained import mae
 
 SHAPE = mae.Shape(width=32, layers=2, heads=2, decoder_width=16, decoder_layers=1)
 

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from reattend.assets.store import AssetError, asset_path
-from reattend.backbones.encoders import BiEncoder, TextEncoder, tokenise
-from reattend.backbones.mpnet import load
+from reattend.backbones.pretrained.mpnet import load
+from reattend.trunks.encoders import BiEncoder, TextEncoder, tokenise
 
 TEXTS = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell."]
 

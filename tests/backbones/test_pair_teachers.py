@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reattend.backbones.encoders import CachedStates
-from reattend.backbones.pair_teachers import AlignmentTeacher, build, load
+from reattend.backbones.trained.pair_teachers import AlignmentTeacher, build, load
+from reattend.trunks.encoders import CachedStates
 
 
 def states(lengths, width=12, seed=0):

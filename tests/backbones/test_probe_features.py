@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reattend.assets.store import AssetError
-from reattend.backbones import probe_features
+from reattend.backbones.trained import probe_features
 from reattend.data.images import emoji, patch_coverage
 
 

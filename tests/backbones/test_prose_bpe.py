@@ -1,6 +1,6 @@
 """The tokenizer of the models trained from scratch."""
 
-from reattend.backbones.prose_bpe import VOCABULARY, held_out_split, load
+from reattend.backbones.trained.prose_bpe import VOCABULARY, held_out_split, load
 from reattend.data.word_tokens import END, document_rows, token_stream
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from reattend.backbones import small_llamas
-from reattend.backbones.small_llamas import (
+from reattend.backbones.trained import small_llamas
+from reattend.backbones.trained.small_llamas import (
     FILLERS,
     FIRST_FACT,
     FIRST_KEY,

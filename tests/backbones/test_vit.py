@@ -6,7 +6,7 @@ from torch.nn import functional
 from transformers import Dinov2Model
 
 from reattend.assets.store import AssetError, asset_path
-from reattend.backbones import vit
+from reattend.backbones.pretrained import vit
 from reattend.data.images import stamps
 
 

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from reattend.attention.dense import dense_attention
 from reattend.attention.positions import rotary
 from reattend.attention.statistics import js_divergence
-from reattend.backbones.trunk import Trunk, labelled_loss
 from reattend.language_modeling.routing_transformer import (
     RoutingAttention,
     balanced_members,
@@ -37,6 +36,7 @@ from reattend.language_modeling.routing_transformer import (
     unit_variance,
     without_self,
 )
+from reattend.trunks.language import Trunk, labelled_loss
 
 KINDS = ["routing", "same_centroid", "random", "strided"]
 LN2 = math.log(2)

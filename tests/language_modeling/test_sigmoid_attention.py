@@ -7,8 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from reattend.attention.positions import alibi_bias, rotary
-from reattend.backbones.mixers import SoftmaxAttention
-from reattend.backbones.trunk import FeedForward, Trunk
 from reattend.language_modeling.sigmoid_attention import (
     ACTIVATIONS,
     ELEMENTWISE,
@@ -23,6 +21,8 @@ from reattend.language_modeling.sigmoid_attention import (
     sigmoid_jacobian_bound,
     single_head,
 )
+from reattend.trunks.language import FeedForward, Trunk
+from reattend.trunks.mixers import SoftmaxAttention
 
 SEEDS = [0, 1, 2]
 

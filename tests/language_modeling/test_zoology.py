@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from reattend.backbones.trunk import Trunk
 from reattend.data.mqar import RecallTask, recall_accuracy, recall_batch
 from reattend.language_modeling.zoology import (
     BaseConv,
@@ -27,6 +26,7 @@ from reattend.language_modeling.zoology import (
     taylor_features,
     top_positions,
 )
+from reattend.trunks.language import Trunk
 
 SELECTIONS = ["full", "random", "programmatic", "learned"]
 MIXERS = {

@@ -458,7 +458,7 @@ def test_smollm2_keeps_its_logits_with_beta_one():
         asset_path("smollm2")
     except AssetError as error:
         pytest.skip(str(error))
-    from reattend.backbones.smollm2 import load
+    from reattend.backbones.pretrained.smollm2 import load
 
     model, tokenizer = load()
     text = "Review: The plot, such as it is, makes no sense at all.\nSentiment:"

@@ -537,7 +537,7 @@ def test_full_budget_in_smollm2_changes_nothing():
         asset_path("smollm2")
     except AssetError as error:
         pytest.skip(str(error))
-    from reattend.backbones.smollm2 import load
+    from reattend.backbones.pretrained.smollm2 import load
     from reattend.data.prose import documents
 
     model, tokenizer = load()
@@ -546,7 +546,7 @@ def test_full_budget_in_smollm2_changes_nothing():
 
 
 def test_a_model_that_is_not_there_is_not_looked_up(tmp_path):
-    from reattend.backbones.smollm2 import load
+    from reattend.backbones.pretrained.smollm2 import load
 
     with pytest.raises(FileNotFoundError, match="save_pretrained"):
         load(path=tmp_path / "missing")
@@ -556,7 +556,7 @@ def test_any_local_model_can_be_loaded(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     from transformers import PreTrainedTokenizerFast
 
-    from reattend.backbones.smollm2 import load
+    from reattend.backbones.pretrained.smollm2 import load
 
     model = tiny_llama()
     model.save_pretrained(tmp_path)

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from reattend.backbones.encoders import BiEncoder, CrossEncoder, TextEncoder, Tokens
 from reattend.text_matching.trans_encoder import (
     SegmentCrossEncoder,
     alternate,
@@ -26,6 +25,7 @@ from reattend.text_matching.trans_encoder import (
     nt_xent,
     segment_masks,
 )
+from reattend.trunks.encoders import BiEncoder, CrossEncoder, TextEncoder, Tokens
 
 SEEDS = (0, 1, 2)
 

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from reattend.attention.block_sparse import block_sparse_attention
 from reattend.attention.dense import dense_attention
-from reattend.backbones.trunk import parameter_count
-from reattend.backbones.vision_trunk import Stage, VisionTrunk, multiply_adds
+from reattend.trunks.language import parameter_count
+from reattend.trunks.vision import Stage, VisionTrunk, multiply_adds
 from reattend.vision.biformer import (
     FULL,
     VARIANTS,

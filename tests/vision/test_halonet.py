@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from reattend.attention.dense import dense_attention
-from reattend.backbones.trunk import parameter_count
-from reattend.backbones.vision_trunk import multiply_adds
+from reattend.trunks.language import parameter_count
+from reattend.trunks.vision import multiply_adds
 from reattend.vision.halonet import (
     FAMILY,
     HaloAttention,

@@ -1,6 +1,7 @@
 """Build shared models once and find them again.
 
-A backbone is made by `build(target, profile)` of its module `reattend.backbones.<name>` from assets.
+A backbone is made by `build(target, profile)` of its module `reattend.backbones.<room>.<name>` from assets;
+its room is `pretrained` (weights out of packages) or `trained` (trained here).
 It is kept in the user's cache under a key made of its recipe: the syntax trees of the module and what
 it imports, the hashes of its assets, and the profile where the profile matters. Clones share it, and a
 changed recipe makes a new one.
@@ -32,6 +33,7 @@ class Backbone(BaseModel):
     """One entry of the catalogue of backbones."""
 
     model_config = ConfigDict(extra="forbid")
+    module: str  # of the library, whose `build` makes it
     about: str
     assets: list[str]
     backbones: list[str] = []  # backbones this one is built from
@@ -41,8 +43,12 @@ class Backbone(BaseModel):
 
 def catalogue() -> dict[str, Backbone]:
     """All backbones by name."""
-    entries = load_yaml(CATALOGUE.read_text(encoding="utf8"))
-    return {name: Backbone(**entry) for name, entry in entries.items()}
+    rooms = load_yaml(CATALOGUE.read_text(encoding="utf8"))
+    return {
+        name: Backbone(module=f"reattend.backbones.{room}.{name}", **entry)
+        for room, entries in rooms.items()
+        for name, entry in entries.items()
+    }
 
 
 def find_backbone(name: str) -> Backbone:
@@ -63,7 +69,7 @@ def recipe(name: str, profile: str) -> dict:
     return {
         "backbone": name,
         "profile": profile if entry.profiles else "any",
-        "modules": module_fingerprint(f"reattend.backbones.{name}"),
+        "modules": module_fingerprint(entry.module),
         "assets": {a: [m.sha256 for m in find(a).members] for a in entry.assets},
         "backbones": {b: recipe(b, profile) for b in entry.backbones},
     }
@@ -104,7 +110,7 @@ def build(name: str, profile: str = "cpu") -> Path:
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{name}-") as scratch:
             target = Path(scratch) / name
             target.mkdir()
-            importlib.import_module(f"reattend.backbones.{name}").build(target, profile)
+            importlib.import_module(entry.module).build(target, profile)
             shutil.move(target, directory)
         print(f"built '{name}' in {time.monotonic() - started:.0f} s", flush=True)
     return directory

@@ -312,7 +312,7 @@ def commitment_loss(
 
 
 class RoutingAttention(nn.Module):
-    """Local heads beside heads of another kind; a mixer of `reattend.backbones.trunk`.
+    """Local heads beside heads of another kind; a mixer of `reattend.trunks.language`.
 
     * "routing": balanced clusters. With `rule = "whole"` they are chosen from the whole row, as in
       training and in the published evaluation; with `rule = "past"` from the past alone.

@@ -126,11 +126,11 @@ def chunked_sigmoid_attention(
 
 
 class Attention(nn.Module):
-    """Multi-head attention with the paper's stabilisers, for `reattend.backbones.trunk`.
+    """Multi-head attention with the paper's stabilisers, for `reattend.trunks.language`.
 
     Order (as in the official code): norm of q and k -> rotary turn -> scale -> q k^T -> ALiBi -> mask
     -> + b -> activation -> values -> projection -> hybrid norm. Linear layers have no biases, and b is
-    a constant. Parameters are named as in `reattend.backbones.mixers.SoftmaxAttention`.
+    a constant. Parameters are named as in `reattend.trunks.mixers.SoftmaxAttention`.
 
     Args:
         width: of the trunk.

@@ -2,7 +2,7 @@
 
 Mixers that replace attention by gated convolutions, the look-up layers that give them recall back,
 and the split of a text's loss into associative-recall (AR) hits and the rest. Mixers follow the
-interface of `reattend.backbones.trunk`: `[batch, length, width]` to the same, causal, plus
+interface of `reattend.trunks.language`: `[batch, length, width]` to the same, causal, plus
 `state_size(length)`.
 """
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from reattend.assets.store import find
-from reattend.backbones.store import recipe
+from reattend.backbones.store import find_backbone, recipe
 from reattend.fingerprints import digest, module_fingerprint, paper_fingerprint
 from reattend.parameters import load_params
 from reattend.pipeline.graph import (
@@ -34,7 +34,7 @@ def write_fingerprints(root: Path) -> None:
         fingerprint = find(name).model_dump(mode="json")
         write_json(root / FINGERPRINTS / "assets" / f"{name}.json", fingerprint)
     for name in {name for record in records for name in needed_backbones(record)}:
-        fingerprint = module_fingerprint(f"reattend.backbones.{name}")
+        fingerprint = module_fingerprint(find_backbone(name).module)
         write_json(root / FINGERPRINTS / "backbones" / f"{name}.json", fingerprint)
 
 

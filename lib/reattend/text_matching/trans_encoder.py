@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from reattend.backbones.encoders import CachedStates, TextEncoder, Tokens, masked_mean
+from reattend.trunks.encoders import CachedStates, TextEncoder, Tokens, masked_mean
 
 # The contrastive start (Mirror-BERT) --------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reattend.backbones.vision_trunk import ChannelNorm
+from reattend.trunks.vision import ChannelNorm
 
 Pattern = Callable[..., Tensor]
 """Called as pattern(query, key, value, heads=, scale=) with images [batch, height, width, channels]."""

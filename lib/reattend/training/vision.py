@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from reattend.training import TrainingLog, TrainingPlan, train
+from reattend.training.loop import TrainingLog, TrainingPlan, train
 
 
 @dataclass(frozen=True)

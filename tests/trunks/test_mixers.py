@@ -5,8 +5,8 @@ import torch
 
 from reattend.attention.dense import dense_attention
 from reattend.attention.positions import alibi_bias, rotary
-from reattend.backbones.mixers import SoftmaxAttention
-from reattend.backbones.trunk import FeedForward, Trunk, same_size
+from reattend.trunks.language import FeedForward, Trunk, same_size
+from reattend.trunks.mixers import SoftmaxAttention
 
 
 def mixer(positions="rotary", qk_norm=False, width=12, heads=3):

@@ -35,7 +35,7 @@ def cached_length(cache: Cache | None) -> int:
 class SoftmaxAttention(nn.Module):
     """softmax(q k^T / sqrt(head width) + position bias, causal) v, then an output projection.
 
-    A mixer of `reattend.backbones.trunk` with a cache of keys (after the rotary turn) and values.
+    A mixer of `reattend.trunks.language` with a cache of keys (after the rotary turn) and values.
 
     Args:
         width: of the trunk.

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reattend.backbones.trunk import (
+from reattend.trunks.language import (
     FeedForward,
     Trunk,
     labelled_loss,

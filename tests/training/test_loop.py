@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reattend.training import TrainingDiverged, TrainingPlan, train
+from reattend.training.loop import TrainingDiverged, TrainingPlan, train
 
 
 def linear(seed=0, outputs=2):

@@ -22,12 +22,12 @@ from scipy.stats import pearsonr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reattend.backbones import minilm
-from reattend.backbones.encoders import CachedStates, TextEncoder, index_batches, tokenise
+from reattend.backbones.pretrained import minilm
 from reattend.backbones.store import backbone_path
 from reattend.data import pairs
 from reattend.data.pairs import Kind
-from reattend.training import TrainingPlan, train
+from reattend.training.loop import TrainingPlan, train
+from reattend.trunks.encoders import CachedStates, TextEncoder, index_batches, tokenise
 
 SPLITS = ("train", "validation", "test")
 

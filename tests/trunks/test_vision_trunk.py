@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Generator, nn
 
-from reattend.backbones.trunk import parameter_count
-from reattend.backbones.vision_training import (
+from reattend.training.vision import (
     Recipe,
     augment,
     batches,
@@ -13,7 +12,8 @@ from reattend.backbones.vision_training import (
     fit,
     predictions,
 )
-from reattend.backbones.vision_trunk import (
+from reattend.trunks.language import parameter_count
+from reattend.trunks.vision import (
     BottleneckBlock,
     ChannelNorm,
     Stage,

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, MPNetModel, PreTrainedTokenizerBase
 
-from reattend.training import TrainingLog, TrainingPlan, train
+from reattend.training.loop import TrainingLog, TrainingPlan, train
 
 
 @dataclass(frozen=True)

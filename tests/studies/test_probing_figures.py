@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from reattend.probing.figures import draw_curves, draw_pareto
+from reattend.studies.probing_figures import draw_curves, draw_pareto
 
 
 def test_pareto_figure_names_every_probe():

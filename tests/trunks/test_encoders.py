@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification
 
-from reattend.backbones.encoders import (
+from reattend.backbones.pretrained.minilm import load
+from reattend.trunks.encoders import (
     BiEncoder,
     CrossEncoder,
     TextEncoder,
@@ -15,7 +16,6 @@ from reattend.backbones.encoders import (
     outputs,
     tokenise,
 )
-from reattend.backbones.minilm import load
 
 FIRST = ["A dog runs.", "The bank of the river was green, wide and very quiet.", "Yes"]
 SECOND = ["An animal moves quickly.", "Money.", "No, never again"]

@@ -19,9 +19,10 @@ from jaxtyping import Float, Float16, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reattend.backbones import mae, vit
 from reattend.backbones.features import extract, read_tokens, write_tokens
+from reattend.backbones.pretrained import vit
 from reattend.backbones.store import backbone_path
+from reattend.backbones.trained import mae
 from reattend.data.images import emoji, patch_coverage
 
 ENCODERS = ("mae", "vit")

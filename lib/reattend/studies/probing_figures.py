@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from reattend.plots import BASELINE, COLOURS, REPORTED
-from reattend.probing.protocol import pareto_front
+from reattend.studies.probing import pareto_front
 
 MARKS = {"SimPool": "s", "AIM": "D", "MHCA": "^", "V-JEPA": "v", "AbMILP": "P"}
 LINES = {"EP_8": ("o-", COLOURS[0]), "LP-GAP": ("s:", BASELINE), "LP-cls": ("X--", BASELINE)}

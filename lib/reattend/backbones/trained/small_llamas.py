@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reattend.backbones.store import backbone_path
-from reattend.training import TrainingPlan, train
+from reattend.training.loop import TrainingPlan, train
 
 FILLERS, KEYS, VALUES = 32, 64, 16
 FIRST_KEY = FILLERS

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from reattend.backbones.store import backbone_path
 from reattend.data.images import emoji, stamps
-from reattend.training import TrainingPlan, train
+from reattend.training.loop import TrainingPlan, train
 
 SIZE = 64  # pixels
 PATCH = 8  # pixels

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from reattend.probing.protocol import (
+from reattend.studies.probing import (
     ProbePlan,
     batches,
     few_labels,

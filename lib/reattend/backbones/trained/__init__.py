@@ -1,0 +1,1 @@
+"""Models trained here, each by the `build` of its module."""

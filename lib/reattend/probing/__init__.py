@@ -1,1 +1,0 @@
-"""What studies of probing share: the protocol of training and comparing probes, and figures."""
