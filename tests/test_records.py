@@ -53,7 +53,46 @@ def mean_test(record):
         (lambda r: r["claims"][0].update(out_of_reach="x"), r"claims.gain: needs either"),
         (lambda r: r["claims"][0].pop("tests"), r"claims.gain: needs either"),
         (lambda r: r["claims"].append(r["claims"][0]), r"two claims have the same id"),
-        (lambda r: mean_test(r).update(control=True), r"not a control"),
+        (lambda r: mean_test(r).update(role="control"), r"neither a control nor a gate"),
+        (lambda r: mean_test(r).update(role="placebo"), r"tests.mean.role"),
+        (lambda r: mean_test(r).pop("unit"), r"claims.gain.tests.mean.unit: Field required"),
+        (lambda r: mean_test(r).update(unit="prompt"), r"claims.gain.tests.mean.unit"),
+        (
+            lambda r: mean_test(r).update(unit="item"),
+            r"claims.gain: test 'mean': a claim about train",
+        ),
+        (lambda r: r["claims"][0].pop("about"), r"claims.gain: 'about' is missing"),
+        (lambda r: r["claims"][0].pop("placebo"), r"claims.gain: 'placebo' is missing"),
+        (
+            lambda r: r["claims"][0].update(placebo="none"),
+            r"claims.gain: placebo 'none' is no test",
+        ),
+        (lambda r: mean_test(r).pop("not_reproduced"), r"tests.mean: no way to lose"),
+        (
+            lambda r: mean_test(r).update(reproduced=0.0, not_reproduced=0.0),
+            r"tests.mean: no way to lose",
+        ),
+        (lambda r: mean_test(r).update(reproduced=float("nan")), r"tests.mean.reproduced"),
+        (lambda r: mean_test(r).update(statistic="mode"), r"tests.mean.statistic"),
+        (
+            lambda r: mean_test(r).update(unit="seed x item", statistic="median"),
+            r"takes no statistic but the mean",
+        ),
+        (
+            lambda r: r["claims"][0]["tests"].append(
+                {"id": "g", "measures": "m", "better": "higher", "unit": "item", "role": "gate"}
+            ),
+            r"claims.gain.tests.g: a gate needs a margin: 'reproduced' is missing",
+        ),
+        (
+            lambda r: r.update(grow={"parameter": "n", "unit": "seed", "looks": [8, 8]}),
+            r"toy.yaml: grow: each look must be larger",
+        ),
+        (
+            lambda r: r.update(grow={"parameter": "n", "unit": "seed", "looks": [8]}),
+            r"toy.yaml: grow.looks",
+        ),
+        (lambda r: r.update(budget_seconds={"cpu": 601}), r"toy.yaml: budget_seconds.cpu"),
         (
             lambda r: r.update(reported={"t": {"source": "s", "columns": ["a"], "rows": [[1, 2]]}}),
             r"reported.t: row",
@@ -63,6 +102,22 @@ def mean_test(record):
 )
 def test_bad_records_name_file_and_field(write, change, message):
     with pytest.raises(RecordError, match=message):
+        load_record(write(change))
+
+
+def test_ways_to_lose(write):
+    """A negligible effect, two bounds, or a claim of being no worse: each can be refuted."""
+    for margins in (
+        {"reproduced": 0.0, "negligible": 0.5},
+        {"reproduced": 5.0, "not_reproduced": 0.0},
+        {"reproduced": -0.5},
+    ):
+
+        def change(record, margins=margins):
+            test = mean_test(record)
+            del test["reproduced"], test["not_reproduced"]
+            test.update(margins)
+
         load_record(write(change))
 
 

@@ -1,15 +1,16 @@
 """The notebook's object, run by hand: it writes to build/study and never over committed results."""
 
 import json
+import subprocess
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from reattend.evidence import Exact, Sample
 from reattend.parameters import ParameterError, Parameters, parameter
-from reattend.replication import Replication
-from reattend.verdicts import Sample
+from reattend.replication import Replication, _commit
 from tests.pipeline.toy import Checkout
 
 
@@ -37,13 +38,17 @@ def test_by_hand_it_writes_to_study(begin, tmp_path, capsys):
     rep.log("gain", 1 / 3, method="toy", setting=512, seed=1)
     rep.log_time("speed", 2.0)
     rep.table("t", pd.DataFrame({"a": [1 / 3]}), "A table")
-    rep.claim("gain", mean=Sample([1.0, 1.1, 0.9]))
+    rep.claim("gain", mean=Sample([1.0, 1.1, 0.9], seed=range(3)))
     rep.finish()
     results = json.loads((study(tmp_path) / "results.json").read_text())
     assert results["measurements"] == [
         {"metric": "gain", "method": "toy", "setting": "512", "seed": 1, "value": 0.333333}
     ]
-    assert results["claims"]["gain"]["tests"]["mean"]["points"] == [1.0, 1.1, 0.9]
+    assert results["claims"]["gain"]["tests"]["mean"] == {"effect": 1.0, "n": 3}
+    assert (study(tmp_path) / "evidence.csv").read_text() == (
+        "claim,test,quantity,seed,item,value\n"
+        "gain,mean,value,0,,1\ngain,mean,value,1,,1.1\ngain,mean,value,2,,0.9\n"
+    )
     assert "speed" not in (study(tmp_path) / "results.json").read_text()
     assert json.loads((study(tmp_path) / "run.json").read_text())["measurements"][0]["value"] == 2.0
     assert not (tmp_path / "figures").exists()
@@ -53,6 +58,33 @@ def test_a_new_run_by_hand_starts_clean(begin, tmp_path):
     begin().table("old", pd.DataFrame({"a": [1]}), "old")
     begin()
     assert list(study(tmp_path).iterdir()) == []
+
+
+def test_a_smoke_run_ends_with_the_committed_verdicts(begin, tmp_path, capsys):
+    committed = {"cpu": {"gain": {"verdict": "partially", "tests": {"mean": {"effect": 0.25}}}}}
+    place = tmp_path / "figures" / "theory" / "toy" / "verdicts.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps(committed))
+    rep = begin(profile="smoke")
+    assert rep.claim("gain", mean=Sample([1.0, 2.0], seed=[0, 1])) is None
+    shown = rep._smoke_summary()
+    assert "**partially**" in shown
+    assert "mean 0.25" in shown
+    assert "| 1.5 |" in shown
+
+
+def test_the_commit_of_a_run(begin, tmp_path):
+    assert _commit(tmp_path) is None  # nothing committed
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t.invalid"]
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "all"], check=True)
+    commit = _commit(tmp_path)
+    assert not commit.endswith("+")
+    (tmp_path / "lib" / "new.py").write_text("")  # untracked, and yet code
+    assert _commit(tmp_path) == commit + "+"
+    inner = tmp_path / "build" / "inner"
+    inner.mkdir(parents=True)
+    assert _commit(inner) is None  # lies in a repository that is not its own
 
 
 def test_everything_is_seeded(begin):
@@ -71,6 +103,10 @@ def test_refusals(begin):
         rep.claim("other")
     with pytest.raises(ValueError, match=r"declares the tests \['mean'\], got \[\]"):
         rep.claim("gain")
+    with pytest.raises(ValueError, match="claim 'gain', test 'mean': unit 'seed' needs the label"):
+        rep.claim("gain", mean=Sample([1.0], item=[0]))
+    with pytest.raises(TypeError, match=r"claim 'gain', test 'mean': takes Sample"):
+        rep.claim("gain", mean=Exact(1.0))
     with pytest.raises(ValueError, match="claims without a measurement: gain"):
         rep.finish()
     rep.table("t", pd.DataFrame({"a": [1]}), "A table")

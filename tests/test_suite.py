@@ -15,6 +15,7 @@ from reattend.backbones.store import catalogue as backbones
 from reattend.fingerprints import notebook_sources
 from reattend.parameters import PROFILES, profile_values, resolve
 from reattend.pipeline.graph import load_records, render
+from reattend.pipeline.judge import committed_verdicts, judge_paper, verdicts_path
 from reattend.pipeline.manifests import write_fingerprints
 from reattend.pipeline.notebooks import CHECKED, Notebook, source
 from reattend.pipeline.notice import render_notice
@@ -118,12 +119,18 @@ def test_notebooks_import_the_methods_they_attach(root):
             assert not re.search(r"""attach\([^)]*,\s*["']""", text), path.stem
 
 
-def test_results_say_what_the_record_asks(root):
+def test_committed_verdicts_follow_from_evidence_and_record(root):
     for slug, record in load_records(root).items():
-        path = root / "figures" / record.family / slug / "cpu" / "results.json"
-        results = json.loads(path.read_text())
-        assert list(results["claims"]) == [claim.id for claim in record.claims]
-        assert all(claim["verdict"] for claim in results["claims"].values())
+        kept = committed_verdicts(verdicts_path(root, record))
+        assert kept == judge_paper(root, record), f"{slug}: run `reattend judge`"
+        assert list(kept["cpu"]) == [claim.id for claim in record.claims], slug
+
+
+def test_committed_runs_keep_their_budget(root):
+    """CPU seconds, children included: 600 at the most at cpu."""
+    for slug, record in load_records(root).items():
+        path = root / "figures" / record.family / slug / "cpu" / "run.json"
+        assert json.loads(path.read_text())["cpu_seconds"] <= record.budget_seconds.cpu, slug
 
 
 def test_records_need_known_backbones(root):

@@ -1,11 +1,13 @@
 """The record of a paper: citation, reported numbers, and claims with margins fixed beforehand.
 
 One YAML file per paper, `notebooks/<family>/<slug>.yaml`. A record says, before any number is seen,
-how each claim is tested here and which effect counts as reproduced.
+how each claim is tested here and which effect counts as reproduced. How verdicts follow from it is in
+`reattend.evidence`.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,61 +40,119 @@ class _Strict(BaseModel):
 
 Text = Annotated[str, Field(min_length=1)]
 Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+Unit = Literal["seed", "item", "seed x item", "round", "exact"]
+Statistic = Literal[
+    "mean",
+    "share",
+    "mean_correlation",
+    "share_difference",
+    "unpaired_difference",
+    "median",
+    "ratio_of_sums",
+    "difference_of_ratios",
+    "pearson",
+    "spearman",
+    "least_of_means",
+]
 
 
 class Test(_Strict):
-    """One measured effect of a claim and its margins.
+    """One measured effect of a claim: its unit, its role, its margins.
 
-    With `better: higher` the effect's interval is held against `reproduced` (wholly at or above it)
-    and `not_reproduced` (wholly below it); `lower` mirrors this. `equal` uses `margin`: reproduced
-    within +-margin, not reproduced wholly outside.
+    A `test` decides, a `control` must fail, a `gate` must hold. With `better: higher` the effect's
+    interval is held against `reproduced`, the bound that the claim has to clear, and `negligible`, the
+    effect below which it would not matter (or `not_reproduced`, where the paper gives two bounds);
+    `lower` mirrors this. `equal` uses `margin`: reproduced within +-margin, not reproduced wholly
+    outside.
     """
 
     __test__ = False  # pytest: not a test class
     id: Identifier
     measures: Text
     better: Literal["higher", "lower", "equal"]
-    reproduced: float | None = None
-    not_reproduced: float | None = None
-    margin: Annotated[float, Field(ge=0)] | None = None
+    unit: Unit
+    role: Literal["test", "control", "gate"] = "test"
+    statistic: Statistic = "mean"
+    reproduced: Finite | None = None
+    negligible: Finite | None = None
+    not_reproduced: Finite | None = None
+    margin: Annotated[Finite, Field(ge=0)] | None = None
     decisive: bool = False  # if this is not reproduced, the claim is not reproduced
-    exact: bool = False  # a deterministic number: n = 1 decides
-    timing: bool = False  # seconds or their ratio: numbers go to run.json
-    control: bool = False  # must fail, or the experiment cannot tell
 
     @model_validator(mode="after")
     def _margins_make_sense(self) -> Test:
         if self.better == "equal":
-            if (
-                self.margin is None
-                or self.reproduced is not None
-                or self.not_reproduced is not None
-            ):
+            bounds = (self.reproduced, self.negligible, self.not_reproduced)
+            if self.margin is None or any(bound is not None for bound in bounds):
                 raise ValueError("'better: equal' takes 'margin' alone")
             return self
         if self.margin is not None:
             raise ValueError("'margin' belongs to 'better: equal'")
         if self.reproduced is None:
-            raise ValueError("'reproduced' is missing")
-        worst = self.reproduced if self.not_reproduced is None else self.not_reproduced
-        ordered = worst <= self.reproduced if self.better == "higher" else worst >= self.reproduced
-        if not ordered:
+            what = "a gate needs a margin: " if self.role == "gate" else ""
+            raise ValueError(f"{what}'reproduced' is missing")
+        sign = 1 if self.better == "higher" else -1
+        if self.not_reproduced is not None and sign * self.not_reproduced > sign * self.reproduced:
             raise ValueError(
-                f"margins overlap: with 'better: {self.better}' not_reproduced ({worst:g}) must not "
-                f"be better than reproduced ({self.reproduced:g})"
+                f"margins overlap: with 'better: {self.better}' not_reproduced ({self.not_reproduced:g}) "
+                f"must not be better than reproduced ({self.reproduced:g})"
             )
-        if self.exact and self.timing:
-            raise ValueError("a timing is never exact")
+        if self.role != "gate" and self.unit != "exact" and not self._can_lose:
+            raise ValueError(
+                "no way to lose: without 'negligible' (the effect below which it would not matter) "
+                "a null effect stays open at any number of points"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _unit_fits(self) -> Test:
+        if self.statistic != "mean" and self.unit in ("exact", "seed x item"):
+            raise ValueError(f"unit '{self.unit}' takes no statistic but the mean")
+        if self.decisive and self.role != "test":
+            raise ValueError(f"a {self.role} is not decisive")
+        return self
+
+    @property
+    def _can_lose(self) -> bool:
+        """Whether a null effect can be shown to be one, given points enough."""
+        sign = 1 if self.better == "higher" else -1
+        if self.negligible is not None:
+            return sign * self.negligible > 0 or self.negligible != self.reproduced
+        if self.not_reproduced is not None:
+            return self.not_reproduced != 0 or self.reproduced != 0
+        return sign * self.reproduced < 0  # non-inferiority
+
+
+class Growth(_Strict):
+    """How evidence may grow until it decides: a parameter of params.yaml and its values, look by look."""
+
+    parameter: Identifier
+    unit: Literal["seed", "item"]
+    looks: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=5)]
+
+    @model_validator(mode="after")
+    def _looks_grow(self) -> Growth:
+        if any(after <= before for before, after in pairwise(self.looks)):
+            raise ValueError("each look must be larger than the one before")
         return self
 
 
 class Claim(_Strict):
-    """What a paper says, where, and how that is tested here, or why it cannot be."""
+    """What a paper says, where, and how that is tested here, or why it cannot be.
+
+    `about` says what would be drawn anew if the experiment were repeated: `training` (seeds),
+    `backbone` (items read by one frozen model) or `operator` (identities, counts, times).
+    """
 
     id: Identifier
     says: Text
     where: Text
     reported: Text
+    about: Literal["training", "backbone", "operator"] | None = None
+    placebo: Text | None = None  # the test that has the idea removed, or "none: why none can be"
     tests: list[Test] = []
     out_of_reach: Text | None = None
 
@@ -103,8 +163,33 @@ class Claim(_Strict):
         names = [test.id for test in self.tests]
         if len(set(names)) < len(names):
             raise ValueError("two tests have the same id")
-        if self.tests and all(test.control for test in self.tests):
-            raise ValueError("a claim needs a test that is not a control")
+        if self.tests and all(test.role != "test" for test in self.tests):
+            raise ValueError("a claim needs a test that is neither a control nor a gate")
+        if self.tests and self.about is None:
+            raise ValueError("'about' is missing: training, backbone or operator")
+        return self
+
+    @model_validator(mode="after")
+    def _units_fit(self) -> Claim:
+        for test in self.tests:
+            if self.about == "training" and test.unit == "item" and test.role != "gate":
+                raise ValueError(
+                    f"test '{test.id}': a claim about training has seeds as units; items of one trained "
+                    "model are one point"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _placebo_is_named(self) -> Claim:
+        if self.placebo is None:
+            if self.about in ("training", "backbone"):
+                raise ValueError(
+                    "'placebo' is missing: the id of the test with the idea removed, or 'none: why'"
+                )
+        elif not self.placebo.startswith("none: "):
+            named = [test for test in self.tests if test.id == self.placebo]
+            if not named or named[0].role == "gate":
+                raise ValueError(f"placebo '{self.placebo}' is no test or control of this claim")
         return self
 
 
@@ -131,11 +216,11 @@ class Needs(_Strict):
 
 
 class Budget(_Strict):
-    """Seconds one notebook may take in each profile."""
+    """CPU seconds, those of children included, that one notebook may take in each profile."""
 
-    smoke: Annotated[float, Field(gt=0)] = 20
-    cpu: Annotated[float, Field(gt=0)] = 120
-    gpu: Annotated[float, Field(gt=0)] = 900
+    smoke: Annotated[float, Field(gt=0, le=60)] = 15
+    cpu: Annotated[float, Field(gt=0, le=600)] = 300
+    gpu: Annotated[float, Field(gt=0)] = 480
 
 
 class Record(_Strict):
@@ -154,6 +239,9 @@ class Record(_Strict):
     needs: Needs = Needs()
     budget_seconds: Budget = Budget()
     reported: dict[Identifier, ReportedTable] = {}
+    # "ours" where the method had to be reconstructed: its verdicts are on our reading.
+    reading: Literal["ours"] | None = None
+    grow: Growth | None = None
     claims: Annotated[list[Claim], Field(min_length=1)]
     deviations: list[Text] = []
     # For `reattend compare`: metric -> relative difference allowed, where it is not the default.
@@ -173,6 +261,10 @@ class Record(_Strict):
                 return claim
         known = ", ".join(claim.id for claim in self.claims)
         raise KeyError(f"the record of '{self.slug}' has no claim '{name}'; it has: {known}")
+
+    def only(self, name: str) -> Record:
+        """This record with the claim `name` alone."""
+        return self.model_copy(update={"claims": [self.claim(name)]})
 
     @property
     def citation(self) -> str:

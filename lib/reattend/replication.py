@@ -24,19 +24,19 @@ from IPython.display import Code, Image, Markdown, display
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from reattend.evidence.files import evidence_csv, evidence_rows
+from reattend.evidence.samples import Exact, Points, Sample, points, six_digits
+from reattend.evidence.verdicts import ClaimOutcome, judge
 from reattend.parameters import Parameters, profile_values, resolve
 from reattend.plots import save_png
+from reattend.presentation import (
+    outcome_markdown,
+    record_markdown,
+    smoke_markdown,
+    summary_markdown,
+)
 from reattend.project import find_root, study_directory
 from reattend.records import RecordError, load_record, record_paths
-from reattend.verdicts import (
-    ClaimOutcome,
-    Exact,
-    Sample,
-    TestOutcome,
-    conclude,
-    decide,
-    interval_text,
-)
 
 OUT_VARIABLE = "REATTEND_OUT"  # set by `reattend run`: the directory to write to
 
@@ -66,7 +66,7 @@ class Replication:
         overrides: dict | None = None,
         seed: int = 0,
     ) -> None:
-        self._started = time.monotonic()
+        self._started, self._cpu_started = time.monotonic(), _cpu_seconds()
         root = find_root()
         self.parameters = resolve(Parameters, profile_values(root, slug, profile), overrides)
         records = record_paths(root)
@@ -85,7 +85,7 @@ class Replication:
         self._directory = _output_directory(root, self.record.family, slug, profile)
         self._measurements: list[dict] = []
         self._times: list[dict] = []
-        self._outcomes: dict[str, ClaimOutcome] = {}
+        self._evidence: dict[tuple[str, str], Points] = {}
         self._captions: dict[str, str] = {}
         _seed_everything(seed)
 
@@ -93,7 +93,7 @@ class Replication:
 
     def show_record(self) -> None:
         """Show the citation, the question, what stands in for what, and the claims to be tested."""
-        display(Markdown(_record_markdown(self.record)))
+        display(Markdown(record_markdown(self.record)))
 
     def show_source(self, thing: Callable) -> None:
         """Show the library's source of a function or class."""
@@ -155,51 +155,56 @@ class Replication:
             measured: one `Sample` or `Exact` for each of the claim's tests, by test id.
 
         Raises:
-            KeyError: no such claim or test. ValueError: a test is missing, or a measurement is NaN.
+            KeyError: no such claim. ValueError, TypeError: a test is missing, a measurement is NaN or
+                lacks the labels of the unit that the record declares.
         """
         claim = self.record.claim(claim_id)
-        declared = {test.id for test in claim.tests}
-        if measured.keys() != declared:
+        declared = {test.id: test for test in claim.tests}
+        if measured.keys() != declared.keys():
             raise ValueError(
                 f"claim '{claim_id}' declares the tests {sorted(declared)}, got {sorted(measured)}"
             )
-        outcomes = [decide(test, measured[test.id]) for test in claim.tests]
-        outcome = conclude(claim, outcomes)
-        self._outcomes[claim_id] = outcome
+        for name, test in declared.items():
+            try:
+                self._evidence[claim_id, name] = points(measured[name], test.unit)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"claim '{claim_id}', test '{name}': {error}") from None
+        outcome = judge(self.record.only(claim_id), self._evidence)[claim_id]
         if self.smoke:
             print(f"{claim_id}: measured; a smoke run yields no verdict")
             return None
-        display(Markdown(_outcome_markdown(claim, outcome)))
+        display(Markdown(outcome_markdown(claim, outcome, self.record.reading)))
         return outcome
 
     def finish(self) -> None:
-        """Write results.json and run.json, and show all verdicts.
+        """Write results.json, evidence.csv and run.json, and show all verdicts.
 
         Raises:
             ValueError: when a claim of the record has not been tested.
         """
-        for claim in self.record.claims:
-            if claim.out_of_reach:
-                self._outcomes[claim.id] = conclude(claim, [])
-        missing = [c.id for c in self.record.claims if c.id not in self._outcomes]
+        tested = {claim for claim, _ in self._evidence}
+        missing = [c.id for c in self.record.claims if c.tests and c.id not in tested]
         if missing:
             raise ValueError(f"claims without a measurement: {', '.join(missing)}")
-        outcomes = [self._outcomes[claim.id] for claim in self.record.claims]
+        outcomes = judge(self.record, self._evidence)
         results = {
             "slug": self.record.slug,
             "profile": self.profile,
             "seed": self.seed,
             "parameters": self.parameters.model_dump(),
             "captions": list(self._captions.items()),
-            "claims": {o.id: _stored(o, self.smoke) for o in outcomes},
+            "claims": {name: _measured(o) for name, o in outcomes.items() if o.tests},
         }
+        text = evidence_csv(self._evidence)
+        (self._directory / "evidence.csv").write_text(text, encoding="utf8")
         _write_json(self._directory / "results.json", results, self._measurements)
-        _write_json(self._directory / "run.json", self._run_facts(outcomes), self._times)
+        _write_json(self._directory / "run.json", self._run_facts(), self._times)
+        if not self.smoke:
+            display(Markdown(summary_markdown(self.record, outcomes)))
+            return
         where = self._directory.relative_to(self._root) if self._is_study else "figures"
-        if self.smoke:
-            display(Markdown(f"Smoke run finished: no verdicts. Files in `{where}`."))
-        else:
-            display(Markdown(_summary_markdown(self.record, outcomes)))
+        display(Markdown(f"Smoke run finished: no verdicts. Files in `{where}`."))
+        display(Markdown(self._smoke_summary()))
 
     # Inside -----------------------------------------------------------------------------------------
 
@@ -212,19 +217,34 @@ class Replication:
             raise ValueError(f"there is already a table or figure '{name}'")
         self._captions[name] = caption
 
-    def _run_facts(self, outcomes: list[ClaimOutcome]) -> dict:
+    def _smoke_summary(self) -> str:
+        """The committed verdicts of the cpu run, where there are any, beside this run's numbers."""
+        place = self._root / "figures" / self.record.family / self.record.slug / "verdicts.json"
+        try:
+            committed = json.loads(place.read_text(encoding="utf8")).get("cpu", {})
+        except (FileNotFoundError, json.JSONDecodeError):
+            committed = {}
+        return smoke_markdown(self.record, judge(self.record, self._evidence), committed)
+
+    def _run_facts(self) -> dict:
         packages = ("torch", "transformers", "numpy", "pandas", "matplotlib")
-        timing = {f"{o.id}.{t.id}": _numbers(t) for o in outcomes for t in o.tests if t.timing}
         return {
             "seconds": round(time.monotonic() - self._started, 1),
+            "cpu_seconds": round(_cpu_seconds() - self._cpu_started, 1),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             "device": _device_name(self.device),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "versions": {name: metadata.version(name) for name in packages},
             "commit": _commit(self._root),
-            "timing_tests": timing,
+            "timing_evidence": evidence_rows(self._evidence, timing=True),
         }
+
+
+def _cpu_seconds() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def _output_directory(root: Path, family: str, slug: str, profile: str) -> Path:
@@ -264,21 +284,23 @@ def _seed_everything(seed: int) -> None:
 
 
 def _commit(root: Path) -> str | None:
-    """The commit that the code came from, with "+" when it has been edited since; None without Git."""
+    """The commit that the code came from, with "+" when it has been edited since; None without Git.
+
+    New files that are not in the commit count as edits.
+    """
     if shutil.which("git") is None:
         return None
 
-    def git(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-    commit = git("rev-parse", "--short", "HEAD").stdout.strip()
-    edited = git("diff", "--quiet", "HEAD", "--", "lib", "notebooks", "params.yaml").returncode
+    top = git("rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != root.resolve():
+        return None  # no repository, or one that this checkout merely lies in
+    commit = git("rev-parse", "--short", "HEAD")
+    edited = git("status", "--porcelain", "--", "lib", "notebooks", "params.yaml")
     return f"{commit}+" if commit and edited else commit or None
-
-
-def _round(value: float) -> float:
-    """Six significant digits: what two runs on one machine must agree on."""
-    return float(f"{value:.6g}")
 
 
 def _measurement(metric, value, method, setting, seed) -> dict:
@@ -286,27 +308,19 @@ def _measurement(metric, value, method, setting, seed) -> dict:
     if not math.isfinite(value):
         raise ValueError(f"measurement {metric} ({method}, {setting}) is {value}")
     row = {"metric": metric, "method": method, "setting": str(setting), "seed": seed}
-    return row | {"value": _round(value)}
+    return row | {"value": six_digits(value)}
 
 
-def _numbers(outcome: TestOutcome) -> dict:
-    numbers = {"effect": _round(outcome.effect), "n": outcome.n}
-    if math.isfinite(outcome.low):
-        numbers |= {"low": _round(outcome.low), "high": _round(outcome.high)}
-    if outcome.points:
-        numbers["points"] = [_round(point) for point in outcome.points]
-    return numbers
-
-
-def _stored(outcome: ClaimOutcome, smoke: bool) -> dict:
-    """A claim for results.json. Numbers of timing tests are in run.json, which may differ."""
-    tests = {
-        t.id: ({} if t.timing else _numbers(t)) | {"verdict": None if smoke else t.verdict}
-        for t in outcome.tests
+def _measured(outcome: ClaimOutcome) -> dict:
+    """What was measured for a claim, without its verdict; times are in run.json, which may differ."""
+    return {
+        "tests": {
+            o.id: {}
+            if o.test.unit == "round"
+            else {"effect": six_digits(o.estimate.effect), "n": o.estimate.n}
+            for o in outcome.tests
+        }
     }
-    undecided = smoke and outcome.tests
-    stored = {"verdict": None if undecided else outcome.verdict, "tests": tests}
-    return stored | ({"reason": outcome.reason} if outcome.reason and not undecided else {})
 
 
 def _write_json(path: Path, head: dict, rows: list[dict]) -> None:
@@ -315,61 +329,3 @@ def _write_json(path: Path, head: dict, rows: list[dict]) -> None:
     lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
     body = f"[\n{lines}\n ]" if rows else "[]"
     path.write_text(f'{text},\n "measurements": {body}\n}}\n', encoding="utf8")
-
-
-# Markdown ---------------------------------------------------------------------------------------------
-
-
-def _record_markdown(record) -> str:
-    code = f" Code: [{record.code}](https://github.com/{record.code})." if record.code else ""
-    rows = [
-        f"| `{claim.id}` | {claim.says} ({claim.where}) | {claim.reported} | "
-        + (
-            "<br>".join(f"{t.measures}: {margins(t)}" for t in claim.tests)
-            or f"out of reach: {claim.out_of_reach}"
-        )
-        + " |"
-        for claim in record.claims
-    ]
-    table = "\n".join(
-        [
-            "| claim | what the paper says | reported | how it is tested here |",
-            "| --- | --- | --- | --- |",
-            *rows,
-        ]
-    )
-    return (
-        f"{record.citation}{code}\n\n{record.question}\n\n**Here:** {record.stands_on}\n\n{table}"
-    )
-
-
-def margins(test) -> str:
-    """A test's margins in words."""
-    if test.better == "equal":
-        return f"reproduced within ±{test.margin:g}"
-    sign, other = ("≥", "<") if test.better == "higher" else ("≤", ">")
-    bad = test.reproduced if test.not_reproduced is None else test.not_reproduced
-    control = "; a control, which must fail" if test.control else ""
-    return f"reproduced {sign} {test.reproduced:g}, not reproduced {other} {bad:g}{control}"
-
-
-def _outcome_markdown(claim, outcome: ClaimOutcome) -> str:
-    lines = [
-        f"- {test.measures}: **{interval_text(o.effect, o.low, o.high)}** (n = {o.n}); {margins(test)} → "
-        f"{o.verdict}" + (f"; points {', '.join(f'{p:.3g}' for p in o.points)}" if o.points else "")
-        for test, o in zip(claim.tests, outcome.tests, strict=True)
-    ]
-    reason = f" ({outcome.reason})" if outcome.reason else ""
-    return f"`{claim.id}`: **{outcome.verdict}**{reason}\n\n" + "\n".join(lines)
-
-
-def _summary_markdown(record, outcomes: list[ClaimOutcome]) -> str:
-    rows = []
-    for claim, outcome in zip(record.claims, outcomes, strict=True):
-        ours = "; ".join(
-            f"{interval_text(o.effect, o.low, o.high)} (n = {o.n})" for o in outcome.tests
-        )
-        rows.append(f"| {claim.says} | {claim.reported} | {ours} | **{outcome.verdict}** |")
-    table = "\n".join(["| claim | reported | ours | verdict |", "| --- | --- | --- | --- |", *rows])
-    deviations = "\n".join(f"- {line}" for line in record.deviations)
-    return table + (f"\n\nWhat differs from the paper:\n\n{deviations}" if deviations else "")

@@ -48,7 +48,7 @@ EXPERIMENT = """\
 import numpy as np
 import matplotlib.pyplot as plt
 import pandas as pd
-from reattend.verdicts import Sample
+from reattend.evidence import Sample
 
 random = np.random.default_rng(rep.seed)
 values = 1 + P.scales[0] * random.standard_normal(P.n)
@@ -58,7 +58,7 @@ fig, ax = plt.subplots()
 ax.plot(values)
 rep.figure("figure1_values", fig, "The values.")
 rep.table("table1_values", pd.DataFrame({"value": values}), "The values again.")
-rep.claim("gain", mean=Sample(values))
+rep.claim("gain", mean=Sample(values, seed=range(P.n)))
 """
 RECORD = {
     "family": "theory",
@@ -74,11 +74,14 @@ RECORD = {
             "says": "the gain is positive",
             "where": "Table 1",
             "reported": "1",
+            "about": "training",
+            "placebo": "none: a toy has no idea to remove",
             "tests": [
                 {
                     "id": "mean",
                     "measures": "mean gain",
                     "better": "higher",
+                    "unit": "seed",
                     "reproduced": 0.5,
                     "not_reproduced": 0.0,
                 }

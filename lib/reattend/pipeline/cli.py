@@ -77,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         "--scheduler", metavar="ADDRESS", help="a Dask scheduler whose workers share these files"
     )
 
+    judge = add("judge", _judge, "verdicts from stored evidence and records, without running")
+    judge.add_argument("papers", nargs="*", metavar="paper", help="default: all")
+
     add("report", _report, "write the scoreboard into figures/ and README.md")
 
     compare = add("compare", _compare, "hold the results against the committed ones")
@@ -188,6 +191,12 @@ def _repro(options: argparse.Namespace) -> int:
     jobs = options.jobs or os.cpu_count() or 1
     asked = Options(jobs, force=options.force, scheduler=options.scheduler)
     return repro(root, options.papers, profile, asked)
+
+
+def _judge(options: argparse.Namespace) -> int:
+    from reattend.pipeline.judge import judge_papers
+
+    return judge_papers(_root(), options.papers)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -12,11 +12,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from reattend.evidence.verdicts import VERDICTS
 from reattend.pipeline.graph import load_records
+from reattend.pipeline.judge import committed_verdicts, judge_papers, verdicts_path
 from reattend.pipeline.manifests import write_text
+from reattend.presentation import interval_text
 from reattend.project import results_directory
 from reattend.records import Claim, Record
-from reattend.verdicts import VERDICTS, interval_text
 
 NOT_RUN = "not run"
 SMOKE = "no verdict (smoke)"
@@ -57,7 +59,8 @@ def scoreboard(root: Path, profile: str) -> list[Row]:
 
 
 def write_report(root: Path, profile: str) -> list[Row]:
-    """Write figures/README.md, figures/scoreboard.csv and the table in README.md."""
+    """Judge, then write figures/README.md, figures/scoreboard.csv and the table in README.md."""
+    judge_papers(root, [])
     rows = scoreboard(root, profile)
     write_text(root / "figures" / "scoreboard.csv", _csv(rows))
     write_text(root / "figures" / "README.md", _figures_page(root, rows, profile))
@@ -111,28 +114,27 @@ class Found:
 
     results: dict
     facts: dict
+    claims: dict  # verdicts by claim
 
     @classmethod
     def read(cls, root: Path, record: Record, profile: str) -> Found:
         directory = results_directory(root, record.family, record.slug, profile)
-        return cls(_read(directory / "results.json"), _read(directory / "run.json"))
+        verdicts = committed_verdicts(verdicts_path(root, record)).get(profile, {})
+        return cls(_read(directory / "results.json"), _read(directory / "run.json"), verdicts)
 
     def tests(self, claim: Claim) -> dict[str, dict]:
-        """Numbers of a claim's tests, timings included."""
-        timing = self.facts.get("timing_tests", {})
-        return {
-            name: numbers | timing.get(f"{claim.id}.{name}", {})
-            for name, numbers in self._stored(claim).get("tests", {}).items()
-        }
+        """Numbers of a claim's tests."""
+        return self._stored(claim).get("tests", {})
 
     def n(self, claim: Claim) -> str:
         """The distinct numbers of items behind a claim."""
-        measured = [t for t in self.tests(claim).values() if "effect" in t]
-        return ", ".join(dict.fromkeys(str(t["n"]) for t in measured))
+        return ", ".join(dict.fromkeys(str(t["n"]) for t in self.tests(claim).values()))
 
     def verdict(self, claim: Claim) -> str:
         """A claim's verdict, or why there is none."""
-        return self._stored(claim).get("verdict", NOT_RUN) or SMOKE
+        if not self.results:
+            return NOT_RUN
+        return self._stored(claim).get("verdict", SMOKE)
 
     @property
     def seconds(self) -> str:
@@ -140,7 +142,7 @@ class Found:
         return f"{self.facts['seconds']:.0f}" if "seconds" in self.facts else ""
 
     def _stored(self, claim: Claim) -> dict:
-        return self.results.get("claims", {}).get(claim.id, {})
+        return self.claims.get(claim.id, {})
 
 
 def _row(record: Record, claim: Claim, here: Found, there: Found) -> Row:
@@ -164,10 +166,8 @@ def _ours(found: Found, claim: Claim) -> str:
 
 
 def _numbers(name: str, test: dict) -> str:
-    if "effect" not in test:
-        return name
-    low, high = test.get("low", float("nan")), test.get("high", float("nan"))
-    return f"{name.replace('_', ' ')} {interval_text(test['effect'], low, high)}"
+    numbers = interval_text(test["effect"], test.get("low"), test.get("high"))
+    return f"{name.replace('_', ' ')} {numbers}"
 
 
 def _read(path: Path) -> dict:

@@ -15,6 +15,7 @@ from reattend.fingerprints import paper_fingerprint
 from reattend.locks import Busy, locked
 from reattend.parameters import ParameterError, Parameters, profile_values, resolve
 from reattend.pipeline.errors import CommandError
+from reattend.pipeline.judge import judge_paper, write_verdicts
 from reattend.pipeline.notebooks import Notebook, running_cell, tidy
 from reattend.project import results_directory, study_directory
 from reattend.records import load_record, record_paths
@@ -56,6 +57,8 @@ def run(root: Path, slug: str, profile: str, overrides: dict) -> Path:
                         f"{slug}: its code or parameters were edited while it ran; run it again"
                     )
                 replace_directory(scratch, target)
+                if not overrides:
+                    write_verdicts(root, record, judge_paper(root, record))
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except Busy:
