@@ -57,7 +57,7 @@ def test_crossed_means_add_the_variance_of_seeds_and_items():
     assert found.effect == pytest.approx(seeds.mean() + items.mean())
     weights = np.array([seeds.var(ddof=1) / 4, items.var(ddof=1) / 5])
     freedom = weights.sum() ** 2 / (weights**2 / [3, 4]).sum()
-    assert found.freedom == pytest.approx(freedom, rel=1e-12)
+    assert found.freedom == max(3, math.floor(freedom))
 
 
 def test_one_seed_does_not_become_many_by_its_items():
@@ -139,10 +139,12 @@ def test_seeds_and_items_must_cross():
         estimate(points(sample, "seed x item"), "seed x item", "mean")
 
 
-def test_pococks_levels_keep_five_per_cent_over_their_looks():
-    """Simulated with known variance, for which the levels are exact: 2, 3 and 4 equal looks."""
-    random = np.random.default_rng(0)
-    for looks in (2, 3, 4):
-        sums = random.standard_normal((20_000, looks)).cumsum(1) / np.sqrt(np.arange(1, looks + 1))
-        wrong = (np.abs(sums) > stats.norm.isf(POCOCK[looks] / 2)).any(1).mean()
-        assert wrong == pytest.approx(0.05, abs=0.005)
+@pytest.mark.parametrize("looks", [(3, 6), (3, 6, 12), (4, 8, 16), (3, 6, 12, 24)])
+def test_looks_keep_five_per_cent_together(looks):
+    """Simulated: the effect lies on the margin, points double from look to look."""
+    values = np.random.default_rng(0).standard_normal((20_000, looks[-1]))
+    wrong = np.zeros(len(values), dtype=bool)
+    for n in looks:
+        t = values[:, :n].mean(1) / (values[:, :n].std(1, ddof=1) / math.sqrt(n))
+        wrong |= np.abs(t) > stats.t.isf(POCOCK[len(looks)] / 2, n - 1)
+    assert 0.04 < wrong.mean() < 0.055
