@@ -80,6 +80,22 @@ def _parser() -> argparse.ArgumentParser:
     judge = add("judge", _judge, "verdicts from stored evidence and records, without running")
     judge.add_argument("papers", nargs="*", metavar="paper", help="default: all")
 
+    power = add("power", _power, "what would decide each open test, at what cost")
+    power.add_argument("papers", nargs="*", metavar="paper", help="default: all")
+    power.add_argument("--profile", help="cpu or gpu (default: that of params.yaml)")
+    power.add_argument(
+        "--pilot",
+        action="append",
+        default=[],
+        metavar="CLAIM.TEST=EFFECT:SPREAD",
+        help="before a run: a pilot's effect and its standard deviation over units (one paper)",
+    )
+
+    grow = add("grow", _grow, "run the next look of papers whose claims are open")
+    grow.add_argument("papers", nargs="*", metavar="paper", help="default: all")
+    grow.add_argument("--profile", help="cpu or gpu (default: that of params.yaml)")
+    grow.add_argument("--budget", type=_duration, metavar="30m", help="time to spend (s, m or h)")
+
     add("report", _report, "write the scoreboard into figures/ and README.md")
 
     compare = add("compare", _compare, "hold the results against the committed ones")
@@ -197,6 +213,26 @@ def _judge(options: argparse.Namespace) -> int:
     from reattend.pipeline.judge import judge_papers
 
     return judge_papers(_root(), options.papers)
+
+
+def _power(options: argparse.Namespace) -> int:
+    from reattend.pipeline.errors import CommandError
+    from reattend.pipeline.power import pilot_power, power
+
+    root = _root()
+    if options.pilot:
+        if len(options.papers) != 1:
+            raise CommandError("--pilot speaks of one paper; name it", exit_code=2)
+        return pilot_power(root, options.papers[0], options.pilot)
+    return power(root, options.papers, _profile(root, options.profile))
+
+
+def _grow(options: argparse.Namespace) -> int:
+    from reattend.pipeline.grow import grow
+    from reattend.pipeline.run import run
+
+    root = _root()
+    return grow(root, options.papers, _profile(root, options.profile), options.budget, run)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -1,47 +1,91 @@
-"""`reattend compare`: fresh results against the committed ones."""
+"""`reattend compare`: fresh results against the committed ones, on one screen.
+
+Training on another processor is another draw. So an effect agrees when it lies in the prediction interval
+of the stored one (units resampled on both sides), and a deterministic number when it lies within its
+tolerance. Both sides are judged by the present record; times are not compared, only their verdicts.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from scipy.special import stdtrit
+
+from reattend.evidence.files import read_evidence
+from reattend.evidence.intervals import Estimate
+from reattend.evidence.verdicts import (
+    INCONCLUSIVE,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    ClaimOutcome,
+    EvidenceError,
+    judge,
+)
 from reattend.pipeline.errors import CommandError
-from reattend.pipeline.graph import load_records
+from reattend.pipeline.judge import judge_profile
+from reattend.pipeline.manifests import write_text
+from reattend.pipeline.power import chosen_records
+from reattend.presentation import interval_text
 from reattend.project import results_directory
 from reattend.records import Record
 
 DEFAULT_TOLERANCE = 0.02  # relative, for metrics of which the record says nothing
+LEVEL = 0.05  # of all prediction intervals of one comparison together
+LINES = 12  # of each list that the screen shows
 _FLOOR = 1e-9  # differences below this are rounding, whatever the size of the numbers
 
 
+@dataclass
+class Comparison:
+    """What came of holding two sets of results against each other; lines of text by kind."""
+
+    claims: int = 0
+    agreeing: int = 0
+    contradicting: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    measurements: list[str] = field(default_factory=list)
+
+    @property
+    def agrees(self) -> bool:
+        """No verdict contradicts, no effect falls outside what the stored evidence predicts."""
+        return not (self.contradicting or self.outside)
+
+
 def compare(root: Path, papers: list[str], profile: str, ref: str) -> int:
-    """Print what differs between the working tree's results and those committed at `ref`.
+    """Print how the working tree's results stand to those committed at `ref`.
 
     Returns:
-        0 when every verdict is the same, every measurement within its metric's tolerance and every
-        effect within that or the committed interval, else 1.
+        0 unless a verdict contradicts (reproduced against not reproduced) or an effect falls outside its
+        prediction interval or tolerance.
 
     Raises:
-        CommandError: unknown paper or revision.
+        CommandError: unknown paper or revision, or evidence that cannot be used.
     """
-    records = load_records(root)
-    unknown = [slug for slug in papers if slug not in records]
-    if unknown:
-        raise CommandError(f"unknown paper '{unknown[0]}'; there are: {', '.join(records)}", 2)
+    records = chosen_records(root, papers)
     if not has_revision(root, ref):
         raise CommandError(f"no Git revision '{ref}'", exit_code=2)
-    different = 0
-    for slug in papers or records:
-        lines = compare_paper(root, records[slug], profile, ref)
-        different += bool(lines)
-        for line in lines[:20]:
-            print(f"{slug}: {line}")
-        if len(lines) > 20:
-            print(f"{slug}: … and {len(lines) - 20} more")
-    count = len(papers or records)
-    print(f"{count - different} of {count} papers agree with {ref} (profile {profile})")
-    return int(bool(different))
+    sides = {}
+    found = Comparison()
+    for record in records:
+        fresh = judge_profile(root, record, profile)
+        stored = stored_outcomes(root, record, profile, ref)
+        if fresh is None or isinstance(stored, str):
+            here = "no results here" if fresh is None else stored
+            found.missing.append(f"{record.slug}: {here}")
+            continue
+        sides[record.slug] = fresh, stored
+        found.measurements += changed_measurements(root, record, profile, ref)
+    tests = sum(len(outcome.tests) for fresh, _ in sides.values() for outcome in fresh.values())
+    for slug, (fresh, stored) in sides.items():
+        add_claims(found, slug, fresh, stored, LEVEL / max(tests, 1))
+    _show(root, found, profile, ref)
+    return int(not found.agrees)
 
 
 def has_revision(root: Path, ref: str) -> bool:
@@ -49,67 +93,119 @@ def has_revision(root: Path, ref: str) -> bool:
     return _git(root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}") is not None
 
 
-def compare_paper(root: Path, record: Record, profile: str, ref: str) -> list[str]:
-    """What differs for one paper, a line each; empty when it agrees."""
-    path = results_directory(root, record.family, record.slug, profile) / "results.json"
-    text = _git(root, "show", f"{ref}:{path.relative_to(root).as_posix()}")
-    if not path.exists():
-        return [] if text is None else [f"no results at profile {profile}, {ref} has some"]
+def stored_outcomes(
+    root: Path, record: Record, profile: str, ref: str
+) -> dict[str, ClaimOutcome] | str:
+    """Outcomes of the evidence committed at `ref` under the present record, or why there are none."""
+    place = results_directory(root, record.family, record.slug, profile).relative_to(root)
+    text = _git(root, "show", f"{ref}:{place.as_posix()}/evidence.csv")
     if text is None:
-        return [f"{ref} has no results at profile {profile} to compare with"]
-    return differences(json.loads(path.read_text()), json.loads(text), record.tolerances)
+        return f"{ref} has no evidence at profile {profile}"
+    facts = json.loads(_git(root, "show", f"{ref}:{place.as_posix()}/run.json") or "{}")
+    try:
+        return judge(record, read_evidence(text, facts.get("timing_evidence", [])))
+    except EvidenceError as error:
+        return f"the evidence at {ref} is of another record ({error})"
 
 
-def differences(fresh: dict, reference: dict, tolerances: dict[str, float]) -> list[str]:
-    """Verdicts and effects that changed, then measurements missing, new or beyond the tolerance.
+def add_claims(
+    found: Comparison,
+    slug: str,
+    fresh: dict[str, ClaimOutcome],
+    stored: dict[str, ClaimOutcome],
+    level: float,
+) -> None:
+    """Hold every testable claim of one paper against its stored self.
 
     Args:
-        fresh, reference: contents of two results.json.
-        tolerances: relative difference allowed by metric; `DEFAULT_TOLERANCE` for the others.
+        level: of each prediction interval.
     """
+    for name, now in fresh.items():
+        before = stored[name]
+        if not now.tests:
+            continue
+        found.claims += 1
+        if now.verdict == before.verdict:
+            found.agreeing += 1
+        else:
+            contradict = {now.verdict, before.verdict} == {REPRODUCED, NOT_REPRODUCED}
+            why = next((o.reason for o in (now, before) if o.verdict == INCONCLUSIVE), now.reason)
+            line = f"{slug} {name}: {before.verdict} -> {now.verdict}" + (f" ({why})" if why else "")
+            (found.contradicting if contradict else found.changed).append(line)
+        for new, old in zip(now.tests, before.tests, strict=True):
+            if new.test.unit != "round" and not predicted(new.estimate, old.estimate, level):
+                texts = (interval_text(e.effect, e.low, e.high) for e in (old.estimate, new.estimate))
+                found.outside.append(f"{slug} {name}.{new.id}: {' -> '.join(texts)}")
+
+
+def predicted(new: Estimate, old: Estimate, level: float) -> bool:
+    """Whether the stored evidence predicts the new effect.
+
+    The difference of two effects of the same experiment has the variance of both; the fewer degrees of
+    freedom count. A deterministic number is held to a tolerance.
+    """
+    if _alike(new.effect, old.effect, DEFAULT_TOLERANCE):
+        return True
+    if not (new.has_interval and old.has_interval):
+        return True  # too few points to predict from
+    error, freedom = math.hypot(new.error, old.error), min(new.freedom, old.freedom)
+    if error == 0:
+        return False
+    return abs(new.effect - old.effect) <= float(stdtrit(freedom, 1 - level / 2)) * error
+
+
+def changed_measurements(root: Path, record: Record, profile: str, ref: str) -> list[str]:
+    """Logged measurements that are gone, new, or beyond the tolerance of their metric, a line each."""
+    path = results_directory(root, record.family, record.slug, profile) / "results.json"
+    text = _git(root, "show", f"{ref}:{path.relative_to(root).as_posix()}")
+    try:
+        old_values, new_values = _by_key(text), _by_key(path.read_text(encoding="utf8"))
+    except (ValueError, KeyError, TypeError):
+        return [f"{record.slug}: results.json cannot be read on one side"]
     lines = []
-    old_claims, new_claims = reference["claims"], fresh["claims"]
-    for name in {**old_claims, **new_claims}:
-        old = old_claims.get(name, {}).get("verdict", "absent")
-        new = new_claims.get(name, {}).get("verdict", "absent")
-        if old != new:
-            lines.append(f"claim {name}: {old} -> {new}")
-        lines += _changed_effects(name, new_claims.get(name, {}), old_claims.get(name, {}))
-    old_values, new_values = _by_key(reference), _by_key(fresh)
     for key in {**old_values, **new_values}:
-        name = " ".join(str(part) for part in key if part not in ("", None))
+        name = f"{record.slug} " + " ".join(str(part) for part in key if part not in ("", None))
         if key not in new_values or key not in old_values:
             lines.append(f"{name}: {'gone' if key in old_values else 'new'}")
             continue
         old, new = old_values[key], new_values[key]
-        if not _alike(new, old, tolerances.get(key[0], DEFAULT_TOLERANCE)):
+        if not _alike(new, old, record.tolerances.get(key[0], DEFAULT_TOLERANCE)):
             lines.append(f"{name}: {old:g} -> {new:g}")
     return lines
 
 
-def _changed_effects(claim: str, fresh: dict, reference: dict) -> list[str]:
-    """Effects of a claim's tests outside both the tolerance and the reference's interval."""
-    lines = []
-    old_tests, new_tests = reference.get("tests", {}), fresh.get("tests", {})
-    for name in old_tests.keys() & new_tests.keys():
-        old, new = old_tests[name], new_tests[name]
-        if "effect" not in old or "effect" not in new:
-            continue  # a timing, which may differ
-        before, now = old["effect"], new["effect"]
-        inside = old.get("low", before) <= now <= old.get("high", before)
-        if not inside and not _alike(now, before, DEFAULT_TOLERANCE):
-            lines.append(f"claim {claim}, {name}: {before:g} -> {now:g}")
-    return sorted(lines)
+def _show(root: Path, found: Comparison, profile: str, ref: str) -> None:
+    """One screen; the whole lists in build/compare.txt."""
+    print(
+        f"{found.agreeing} of {found.claims} testable claims have the verdict of {ref} (profile {profile})"
+    )
+    lists = {
+        "verdicts that contradict": found.contradicting,
+        "verdicts that changed": found.changed,
+        "effects outside what the stored evidence predicts": found.outside,
+        "not compared": found.missing,
+    }
+    for title, lines in lists.items():
+        if lines:
+            more = [f"… and {len(lines) - LINES} more"] if len(lines) > LINES else []
+            print("\n".join([f"{title}:", *(f"  {line}" for line in lines[:LINES] + more)]))
+    lists["measurements beyond their tolerance"] = found.measurements
+    text = "\n".join(line for title, lines in lists.items() for line in [f"# {title}", *lines])
+    write_text(root / "build" / "compare.txt", text + "\n")
+    print(
+        f"{len(found.measurements)} measurements differ by more than their tolerance; "
+        "every line: build/compare.txt"
+    )
 
 
 def _alike(a: float, b: float, tolerance: float) -> bool:
     return abs(a - b) <= tolerance * max(abs(a), abs(b)) + _FLOOR
 
 
-def _by_key(results: dict) -> dict[tuple, float]:
+def _by_key(text: str) -> dict[tuple, float]:
     return {
         (row["metric"], row["method"], row["setting"], row["seed"]): row["value"]
-        for row in results["measurements"]
+        for row in json.loads(text)["measurements"]
     }
 
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from reattend.evidence.files import read_evidence, stored
-from reattend.evidence.verdicts import EvidenceError, judge
+from reattend.evidence.verdicts import ClaimOutcome, EvidenceError, judge
 from reattend.parameters import PROFILES
 from reattend.pipeline.errors import CommandError
 from reattend.pipeline.manifests import write_json
@@ -34,7 +34,7 @@ def judge_paper(root: Path, record: Record) -> dict[str, dict]:
     return {
         profile: {name: stored(outcome) for name, outcome in outcomes.items()}
         for profile in JUDGED
-        if (outcomes := _judge_profile(root, record, profile)) is not None
+        if (outcomes := judge_profile(root, record, profile)) is not None
     }
 
 
@@ -85,7 +85,12 @@ def committed_verdicts(path: Path) -> dict[str, dict]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def _judge_profile(root: Path, record: Record, profile: str):
+def judge_profile(root: Path, record: Record, profile: str) -> dict[str, ClaimOutcome] | None:
+    """Outcomes of a paper's claims at one profile; None where there is no evidence.
+
+    Raises:
+        CommandError: for evidence that cannot be used.
+    """
     directory = results_directory(root, record.family, record.slug, profile)
     path = directory / "evidence.csv"
     if not path.exists():
