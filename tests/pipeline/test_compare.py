@@ -46,7 +46,7 @@ def test_another_draw_agrees_and_another_effect_does_not():
     assert compared(outcomes(3.9)).agrees
     found = compared(outcomes(4.3))
     assert not found.agrees
-    assert found.outside[0].startswith("toy c.gain: 3 [2.14, 3.86] -> 4.3")
+    assert found.outside[0].startswith("toy c.gain: 3 [2.16, 3.84] -> 4.3")
     assert compared(outcomes(4.3), level=0.05 / 80).agrees  # one of eighty
 
 
@@ -58,7 +58,9 @@ def test_deterministic_numbers_have_a_tolerance():
 def test_a_changed_verdict_is_told_with_its_reason_and_a_contradiction_fails():
     found = compared(outcomes(0.7), outcomes(1.0))
     assert found.agrees
-    assert found.changed[0].startswith("toy c: reproduced -> inconclusive (few points: 'gain' has 8 seeds")
+    assert found.changed[0].startswith(
+        "toy c: reproduced -> inconclusive (few points: 'gain' has 8 seeds"
+    )
     found = compared(outcomes(-3.0, count=200.0), outcomes(3.0))
     assert not found.agrees
     assert found.contradicting == ["toy c: reproduced -> not reproduced"]

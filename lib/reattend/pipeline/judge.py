@@ -13,7 +13,9 @@ from reattend.evidence.files import read_evidence, stored
 from reattend.evidence.verdicts import ClaimOutcome, EvidenceError, judge
 from reattend.parameters import PROFILES
 from reattend.pipeline.errors import CommandError
+from reattend.pipeline.graph import METRICS
 from reattend.pipeline.manifests import write_json
+from reattend.pipeline.metrics_file import metrics
 from reattend.project import results_directory
 from reattend.records import Record, load_record, record_paths
 
@@ -63,11 +65,11 @@ def judge_papers(root: Path, papers: list[str]) -> int:
 
 
 def write_verdicts(root: Path, record: Record, verdicts: dict[str, dict]) -> list[str]:
-    """Write a paper's verdicts; a line for each that changed. A paper without evidence has no file."""
+    """Write a paper's verdicts, and its metrics for DVC; a line for each verdict that changed."""
     path = verdicts_path(root, record)
     before = committed_verdicts(path)
-    if verdicts:
-        write_json(path, verdicts)
+    write_json(path, verdicts)
+    write_json(path.with_name(METRICS), metrics(verdicts))
     return [
         f"{claim} ({profile}): {old} -> {now['verdict']}"
         for profile, claims in verdicts.items()

@@ -14,42 +14,69 @@ from reattend.pipeline.graph import (
     FINGERPRINTS,
     asset_manifest,
     backbone_manifest,
-    load_records,
     needed_assets,
     needed_backbones,
+    read_records,
 )
 from reattend.records import record_paths
 
 
 def write_fingerprints(root: Path) -> None:
-    """One file per paper, backbone and asset: what its results depend on, at the chosen profile."""
+    """One file per paper, backbone and asset: what its results depend on, at the chosen profile.
+
+    A paper that cannot be read gets a fingerprint that says so: running it tells what is wrong, and
+    the others go on. Missing manifests are written as well (see `complete_manifests`).
+    """
     params = load_params(root)
     for slug, path in record_paths(root).items():
-        fingerprint = paper_fingerprint(path.with_suffix(".ipynb"))
-        # A paper without values is told so when it is run.
-        fingerprint["parameters"] = params["papers"].get(slug, {}).get(params["profile"])
-        write_json(root / FINGERPRINTS / "papers" / f"{slug}.json", fingerprint)
-    records = load_records(root).values()
+        write_json(root / FINGERPRINTS / "papers" / f"{slug}.json", _paper(path, params))
+    records = read_records(root)[0].values()
     for name in {name for record in records for name in needed_assets(record)}:
         fingerprint = find(name).model_dump(mode="json")
         write_json(root / FINGERPRINTS / "assets" / f"{name}.json", fingerprint)
     for name in {name for record in records for name in needed_backbones(record)}:
         fingerprint = module_fingerprint(find_backbone(name).module)
         write_json(root / FINGERPRINTS / "backbones" / f"{name}.json", fingerprint)
+    complete_manifests(root, params["profile"])
+
+
+def _paper(record_path: Path, params: dict) -> dict:
+    try:
+        fingerprint = paper_fingerprint(record_path.with_suffix(".ipynb"))
+    except Exception as error:  # whatever is wrong with it, the other papers have theirs
+        return {"unusable": f"{type(error).__name__}: {error}"}
+    # A paper without values is told so when it is run.
+    values = params["papers"].get(record_path.stem, {}).get(params["profile"])
+    return fingerprint | {"parameters": values}
+
+
+def complete_manifests(root: Path, profile: str) -> None:
+    """Write the manifests of needed assets and backbones that have none.
+
+    They say what is wanted, the same on every machine, and `reattend run` fetches and builds what
+    of it is missing; so a fresh clone has nothing to fetch for papers whose results stand.
+    """
+    records = read_records(root)[0].values()
+    for name in {name for record in records for name in needed_assets(record)}:
+        if not (root / asset_manifest(name)).exists():
+            write_asset_manifest(root, name)
+    for name in {name for record in records for name in needed_backbones(record)}:
+        if not (root / backbone_manifest(name, profile)).exists():
+            write_backbone_manifest(root, name, profile)
 
 
 def write_asset_manifest(root: Path, name: str) -> None:
-    """Says that an asset was fetched and verified, and which files it holds."""
+    """Says which files an asset holds."""
     asset = find(name)
     facts = {"package": asset.package, "members": [m.model_dump() for m in asset.members]}
     write_json(root / asset_manifest(name), facts)
 
 
 def write_backbone_manifest(root: Path, name: str, profile: str) -> None:
-    """Says that a backbone was built, and from which recipe."""
+    """Says from which recipe a backbone is made."""
     made = recipe(name, profile)
     facts = {"backbone": name, "profile": made["profile"], "recipe": digest(made)}
-    write_json(root / backbone_manifest(name), facts)
+    write_json(root / backbone_manifest(name, profile), facts)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -18,7 +18,6 @@ from reattend.evidence.verdicts import (
     level_of,
     needed_points,
     plural,
-
 )
 from reattend.parameters import profile_values
 from reattend.pipeline.errors import CommandError
@@ -47,7 +46,9 @@ class OpenTest:
         """What would decide it, or why more points do not."""
         test, measured = self.outcome.test, self.outcome.estimate
         if self.outcome.needed is None:
-            return "the margin is finer than the noise, or the effect lies on it: change the setting"
+            return (
+                "the margin is finer than the noise, or the effect lies on it: change the setting"
+            )
         cost = "" if self.seconds is None else f", about {self.seconds:.0f} CPU s"
         return f"{measured.n} {plural(test.unit)} of {self.outcome.needed}{cost}"
 
@@ -188,5 +189,3 @@ def _parsed(record: Record, pilot: str) -> tuple[Test, float, float]:
         known = ", ".join(f"{c}.{t}" for c, t in tests)
         raise CommandError(f"'{record.slug}' has no test '{where}'; it has: {known}", 2)
     return tests[claim, name], effect, spread
-
-

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reattend.evidence.verdicts import VERDICTS
-from reattend.pipeline.graph import load_records
+from reattend.pipeline.graph import read_records
 from reattend.pipeline.judge import committed_verdicts, judge_papers, verdicts_path
 from reattend.pipeline.manifests import write_text
 from reattend.presentation import interval_text
@@ -55,7 +55,9 @@ def other(profile: str) -> str:
 
 def scoreboard(root: Path, profile: str) -> list[Row]:
     """All claims of all papers with their results at `profile`."""
-    return [row for record in load_records(root).values() for row in _rows(root, record, profile)]
+    return [
+        row for record in read_records(root)[0].values() for row in _rows(root, record, profile)
+    ]
 
 
 def write_report(root: Path, profile: str) -> list[Row]:
@@ -173,7 +175,7 @@ def _numbers(name: str, test: dict) -> str:
 def _read(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError):
         return {}
 
 
@@ -219,7 +221,7 @@ def _figures_page(root: Path, rows: list[Row], profile: str) -> str:
         _summaries(rows, profile),
         table,
     ]
-    for record in load_records(root).values():
+    for record in read_records(root)[0].values():
         shown, folded = _exhibits(root, record, profile), _exhibits(root, record, other(profile))
         if shown or folded:
             parts += [f"## {record.title}", record.citation, *shown]

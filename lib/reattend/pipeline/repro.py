@@ -1,163 +1,265 @@
-"""`reattend repro`: bring results up to date through DVC's graph, several papers at a time.
+"""`reattend repro`: bring results up to date through DVC's graph, several stages at a time.
 
-DVC runs one stage after the other. Here every paper's stage is still executed, recorded and cached
-by DVC, one `dvc repro --single-item` a paper, but Dask schedules them: on threads of this process
-by default, or on an existing cluster with a shared file system. What papers share is brought up to
-date first, so that their stages are independent of each other.
+DVC runs one stage after the other. Here it says what has changed, once for the whole graph, and executes
+and records every stage that runs, while this schedules them: fetches, builds and papers are one graph, and
+each starts when what it needs is there, on threads of this process or on an existing Dask cluster with a
+shared file system.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from reattend.assets.store import AssetError, asset_path
 from reattend.locks import Busy, locked
-from reattend.pipeline.compare import compare, has_revision
 from reattend.pipeline.display import Display
 from reattend.pipeline.errors import CommandError
-from reattend.pipeline.graph import (
-    asset_manifest,
-    backbone_manifest,
-    load_records,
-    needed_assets,
-    needed_backbones,
-    sync,
-)
-from reattend.pipeline.manifests import write_text
+from reattend.pipeline.graph import read_records, sync
+from reattend.pipeline.manifests import complete_manifests, write_fingerprints, write_text
+from reattend.pipeline.needs import is_built, is_fetched
 from reattend.pipeline.notebooks import Notebook
 from reattend.pipeline.orphans import forget_ended
-from reattend.pipeline.report import summary, write_report
+from reattend.pipeline.plan import PAPER, Task, reason, stages_of, tasks_of, that_fit
+from reattend.pipeline.report import scoreboard, summary, write_report
 from reattend.pipeline.run import check_parameters, recover, remove_leftovers
-from reattend.pipeline.workers import Outcome, run_dvc, run_stages
+from reattend.pipeline.workers import Ended, Outcome, run_dvc, run_tasks
 from reattend.project import results_directory
 from reattend.records import Record, record_paths
+
+FINGERPRINT, REPORT = "fingerprint", "report"  # stages that run before and after all others
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """What the command line asks for.
+
+    Args:
+        jobs: stages at a time.
+        force: run even what is up to date.
+        dry: say what would run and why, and change nothing.
+        scheduler: address of a Dask scheduler; None for threads of this process.
+        deadline: seconds from now; what will not end in time is left out. None for no limit.
+    """
 
     jobs: int
     force: bool = False
+    dry: bool = False
     scheduler: str | None = None
+    deadline: float | None = None
 
 
 def repro(root: Path, papers: list[str], profile: str, options: Options) -> int:
-    """Run the stages of `papers` (default: all) that are not up to date, or all with `force`.
+    """Run what is not up to date of `papers` (default: all) and of what they need.
 
-    A failing paper stops only what depends on it. Ends with times, the scoreboard, and what differs
-    from the committed results.
+    A paper that cannot be read or run stops no other. Ends with what failed, which verdicts changed,
+    and what differs from the committed results.
 
     Returns:
-        0 when every stage succeeded, else 1.
+        0 when every stage succeeded, 2 when all that failed was bad input, else 1.
 
     Raises:
-        CommandError: unknown paper, parameters that a notebook does not take, or another `repro`
-            at work; nothing has run.
+        CommandError: unknown paper, a graph that DVC cannot read, or another `repro` at work; nothing
+            has run.
     """
-    records = load_records(root)
-    chosen = {slug: records[slug] for slug in papers or records if _known(slug, records)}
-    _check_parameters(root, chosen, profile)
+    known = record_paths(root)
+    for slug in papers:
+        if slug not in known:
+            raise CommandError(f"unknown paper '{slug}'; there are: {', '.join(known)}", 2)
     try:
         with locked(root / "build" / "locks" / "repro.lock", wait=False):
-            return _repro(root, chosen, profile, options, everything=not papers)
+            if options.dry:
+                return _dry(root, papers, profile, options)
+            return _repro(root, papers, profile, options)
     except Busy:
         raise CommandError("another `reattend repro` is at work in this checkout") from None
 
 
-def _repro(
-    root: Path, chosen: dict[str, Record], profile: str, options: Options, everything: bool
-) -> int:
+def _repro(root: Path, papers: list[str], profile: str, options: Options) -> int:
+    began = time.monotonic()
     recover(root)
     remove_leftovers(root)
     forget_ended(root)
     sync(root)
-    set_profile(root, profile)
-    _forget_damaged_assets(root, chosen)
-    before = {slug: _results(root, record, profile) for slug, record in chosen.items()}
-    if not _bring_shared_up_to_date(root, chosen, options.force):
-        print("some models or data are missing; papers that need them are left out")
-    blocked = {slug: gap for slug, record in chosen.items() if (gap := _missing(root, record))}
-    stale = [slug for slug in chosen if slug not in blocked]
-    if not options.force:
-        wanted = stale_stages(root, [f"replicate-{slug}" for slug in stale])
-        stale = [slug for slug in stale if f"replicate-{slug}" in wanted]
-    outcomes = {slug: Outcome(1, 0.0, f"needs {gap}") for slug, gap in blocked.items()}
-    if stale:
-        times = {slug: before[slug].get("seconds") for slug in stale}
-        # The longest first, and first of all those never timed: a long one begun last would run alone.
-        stale.sort(key=lambda slug: -(times[slug] or float("inf")))
-        executed = {slug: _executed(root, chosen[slug], profile) for slug in stale}
-        with Display(times, executed, options.jobs) as display:
-            outcomes |= run_stages(
-                root, stale, options.jobs, options.force, options.scheduler, display
-            )
-    failed = {slug: outcome for slug, outcome in outcomes.items() if outcome.code}
-    if everything and not failed:
-        run_dvc(root, "repro", "--quiet", "--single-item", "report")
-    _summarise(root, chosen, profile, before, outcomes)
-    return int(bool(failed))
+    if set_profile(root, profile):
+        print(f"params.yaml: profile is now '{profile}'")
+    changes = _status(root)
+    if FINGERPRINT in changes:
+        if run_dvc(root, "repro", "--quiet", "--single-item", FINGERPRINT):
+            raise CommandError("the fingerprints could not be made; what is above says why")
+        changes = _status(root)
+    else:
+        complete_manifests(root, profile)
+    records, unusable = _chosen(root, papers)
+    todo = _tasks(root, records, profile, changes, options)
+    todo, refused = _without_bad_input(root, todo, records, profile)
+    ended = Ended(
+        {PAPER + s: Outcome(2, 0.0, message) for s, message in (unusable | refused).items()}
+    )
+    for name, outcome in ended.outcomes.items():
+        print(f"{name.removeprefix(PAPER)}: {outcome.message}")
+    before = {slug: _verdicts(root, record, profile) for slug, record in records.items()}
+    todo, late = _in_time(todo, options)
+    if todo:
+        deadline = began + (options.deadline or float("inf"))
+        executed = {PAPER + slug: _executed(root, r, profile) for slug, r in records.items()}
+        with Display(todo, executed, options.jobs) as display:
+            ran = run_tasks(root, todo, options.jobs, options.scheduler, deadline, display)
+        ended = Ended(ended.outcomes | ran.outcomes, [*late, *ran.left_out])
+    else:
+        ended.left_out = late
+    whole = not papers and not ended.left_out and not any(o.code for o in ended.outcomes.values())
+    if whole and (ended.outcomes or REPORT in changes):
+        run_dvc(root, "repro", "--quiet", "--single-item", REPORT)
+    elif ended.outcomes:
+        write_report(root, profile)
+    _summarise(root, records, profile, before, ended, len(papers or record_paths(root)))
+    codes = {outcome.code for outcome in ended.outcomes.values() if outcome.code}
+    return int(bool(codes)) + int(codes == {2})
 
 
-def stale_stages(root: Path, names: list[str]) -> set[str]:
-    """Which of the stages DVC does not find up to date."""
-    from dvc.repo import Repo
+def _dry(root: Path, papers: list[str], profile: str, options: Options) -> int:
+    """Say what would run and why, a line each; only build/ is written."""
+    with _put_back(root / "params.yaml"), _put_back(root / "dvc.yaml"):
+        sync(root)
+        set_profile(root, profile)
+        write_fingerprints(root)
+        records, unusable = _chosen(root, papers)
+        todo = _tasks(root, records, profile, _status(root), options)
+        todo, refused = _without_bad_input(root, todo, records, profile)
+        todo, late = _in_time(todo, options)
+    for slug, message in (unusable | refused).items():
+        print(f"{slug}: cannot run: {message}")
+    for task in todo.values():
+        print(f"{task.stage.label}: {task.why} (about {task.stage.seconds:.0f} s)")
+    for name in late:
+        print(f"{name.removeprefix(PAPER)}: would not end in time")
+    print(
+        f"{_papers_in(todo)} of {len(records) + len(unusable)} papers would run at profile {profile}"
+    )
+    return 0
 
-    with Repo(str(root)) as repo:
-        status = repo.status(targets=names) if names else {}
-    return {name.rpartition(":")[2] for name in status}
+
+@contextmanager
+def _put_back(path: Path) -> Iterator[None]:
+    """Leave a file as it was, after a `with` block that writes it."""
+    before = path.read_text(encoding="utf8") if path.exists() else None
+    try:
+        yield
+    finally:
+        if before is None:
+            path.unlink(missing_ok=True)
+        elif path.read_text(encoding="utf8") != before:
+            write_text(path, before)
 
 
-def set_profile(root: Path, profile: str) -> None:
-    """Write the chosen profile into params.yaml, where DVC's graph reads it."""
+def set_profile(root: Path, profile: str) -> bool:
+    """Write the chosen profile into params.yaml, where DVC's graph reads it; whether it was another."""
     path = root / "params.yaml"
     text = path.read_text(encoding="utf8")
     renewed = re.sub(r"(?m)^profile: *\w+", f"profile: {profile}", text, count=1)
     if renewed != text:
         write_text(path, renewed)
-        print(f"params.yaml: profile is now '{profile}'")
+    return renewed != text
 
 
-def _bring_shared_up_to_date(root: Path, chosen: dict[str, Record], force: bool) -> bool:
-    """Fingerprints, then the assets and backbones of the chosen papers; whether all succeeded."""
-    assets = sorted({name for record in chosen.values() for name in needed_assets(record)})
-    backbones = {name: None for record in chosen.values() for name in needed_backbones(record)}
-    stages = ["fingerprint", *(f"fetch-{a}" for a in assets), *(f"build-{b}" for b in backbones)]
-    if not force:
-        # Upstream stages that are stale make those below them stale once they have run.
-        stages = stages if stale_stages(root, stages) else []
-    options = ["--keep-going", *(["--force"] if force else [])]
-    return not stages or run_dvc(root, "repro", *options, *stages) == 0
+def _status(root: Path) -> dict[str, list]:
+    """What DVC finds changed, by stage: one look at the whole graph.
 
+    Raises:
+        CommandError: when there is no DVC repository, or its files cannot be read.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
 
-def _forget_damaged_assets(root: Path, chosen: dict[str, Record]) -> None:
-    """Remove manifests of assets that are no longer whole in the cache: DVC fetches them anew."""
-    for name in {name for record in chosen.values() for name in needed_assets(record)}:
-        try:
-            asset_path(name)
-        except AssetError:
-            (root / asset_manifest(name)).unlink(missing_ok=True)
-
-
-def _missing(root: Path, record: Record) -> str | None:
-    """The first asset or backbone of a paper that could not be had."""
-    needs = [(f"asset '{name}'", asset_manifest(name)) for name in needed_assets(record)]
-    needs += [(f"backbone '{name}'", backbone_manifest(name)) for name in needed_backbones(record)]
-    return next((what for what, path in needs if not (root / path).exists()), None)
-
-
-def _results(root: Path, record: Record, profile: str) -> dict:
-    """Seconds and verdicts of a paper's present results."""
-    directory = results_directory(root, record.family, record.slug, profile)
     try:
-        claims = json.loads((directory / "results.json").read_text())["claims"]
-        seconds = json.loads((directory / "run.json").read_text())["seconds"]
-    except FileNotFoundError:
-        return {}
-    return {"seconds": seconds, "verdicts": {name: c["verdict"] for name, c in claims.items()}}
+        with Repo(str(root)) as repo:
+            return {name.rpartition(":")[2]: found for name, found in repo.status().items()}
+    except DvcException as error:
+        raise CommandError(f"DVC: {error}; `git checkout dvc.lock` may mend it", 2) from None
+
+
+def _chosen(root: Path, papers: list[str]) -> tuple[dict[str, Record], dict[str, str]]:
+    """Records of the papers asked for, and what is wrong with those that cannot be used."""
+    records, unusable = read_records(root)
+    wanted = papers or [*records, *unusable]
+    return (
+        {slug: records[slug] for slug in wanted if slug in records},
+        {slug: unusable[slug] for slug in wanted if slug in unusable},
+    )
+
+
+def _tasks(
+    root: Path, records: dict[str, Record], profile: str, changes: dict[str, list], options: Options
+) -> dict[str, Task]:
+    """What runs, or may have to, for some papers."""
+
+    def seconds(record: Record) -> float:
+        taken = _read(root, record, profile, "run.json").get("seconds")
+        return taken or getattr(record.budget_seconds, profile)
+
+    def in_cache(stage: str) -> bool:
+        kind, _, name = stage.partition("-")
+        return is_fetched(name) if kind == "fetch" else is_built(name, profile)
+
+    stages = stages_of(records, profile, seconds)
+    reasons = {name: why for name in stages if (why := reason(changes.get(name, [])))}
+    return tasks_of(stages, reasons, in_cache, options.force)
+
+
+def _without_bad_input(
+    root: Path, todo: dict[str, Task], records: dict[str, Record], profile: str
+) -> tuple[dict[str, Task], dict[str, str]]:
+    """The tasks without papers that could not run, and why those could not, by slug.
+
+    Raises:
+        CommandError: when all of several papers are refused for the same reason.
+    """
+    refused = {}
+    for slug in records:
+        if PAPER + slug in todo:
+            try:
+                notebook = Notebook.read(record_paths(root)[slug].with_suffix(".ipynb"))
+                check_parameters(root, notebook, slug, profile, {})
+            except (CommandError, ValueError) as error:
+                refused[slug] = str(error).removeprefix(f"{slug}: ")
+    if len(refused) > 1 and len({*refused.values()}) == 1 and len(refused) == _papers_in(todo):
+        raise CommandError(next(iter(refused.values())), 2)
+    kept = {name: task for name, task in todo.items() if name.removeprefix(PAPER) not in refused}
+    return kept, refused
+
+
+def _papers_in(todo: dict[str, Task]) -> int:
+    return sum(name.startswith(PAPER) for name in todo)
+
+
+def _in_time(todo: dict[str, Task], options: Options) -> tuple[dict[str, Task], list[str]]:
+    """What is expected to end before the deadline, and the papers that are not."""
+    if options.deadline is None:
+        return todo, []
+    stages = {name: task.stage for name, task in todo.items()}
+    fit = that_fit(stages, options.jobs, options.deadline)
+    late = [name for name in todo if name.startswith(PAPER) and name not in fit]
+    return {name: todo[name] for name in fit}, late
+
+
+def _read(root: Path, record: Record, profile: str, name: str) -> dict:
+    """A JSON file of a paper's results; empty where there is none that can be read."""
+    path = results_directory(root, record.family, record.slug, profile) / name
+    try:
+        found = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return {}  # a run mends it
+    return found if isinstance(found, dict) else {}
+
+
+def _verdicts(root: Path, record: Record, profile: str) -> dict[str, str]:
+    claims = _read(root, record, profile, "results.json").get("claims", {})
+    return {name: claim.get("verdict") for name, claim in claims.items()}
 
 
 def _executed(root: Path, record: Record, profile: str) -> Path:
@@ -166,48 +268,29 @@ def _executed(root: Path, record: Record, profile: str) -> Path:
 
 def _summarise(
     root: Path,
-    chosen: dict[str, Record],
+    records: dict[str, Record],
     profile: str,
-    before: dict[str, dict],
-    outcomes: dict[str, Outcome],
+    before: dict[str, dict[str, str]],
+    ended: Ended,
+    count: int,
 ) -> None:
-    """Times and verdict changes of what ran, the scoreboard, what differs from the commit."""
-    from rich.console import Console
-    from rich.table import Table
+    """What failed or was left out, verdicts that changed, the counts, and what differs from Git."""
+    from reattend.pipeline.compare import compare, has_revision
 
-    console = Console()
-    if outcomes:
-        table = Table("paper", "seconds", "result", "verdict changes", title="what ran")
-        for slug, outcome in outcomes.items():
-            after = _results(root, chosen[slug], profile)
-            changes = _verdict_changes(before[slug], after) if not outcome.code else ""
-            result = f"failed: {outcome.message}" if outcome.code else "done"
-            table.add_row(slug, f"{outcome.seconds:.0f}", result, changes)
-        console.print(table)
-    else:
-        console.print("nothing to run: every result is up to date")
-    rows = [row for row in write_report(root, profile) if row.paper in chosen]
-    table = Table("paper", "claim", "ours", "verdict", title=summary(rows))
-    for row in rows:
-        table.add_row(row.paper, row.claim, row.ours, row.verdict)
-    console.print(table)
-    if has_revision(root, "HEAD"):
-        compare(root, list(chosen), profile, "HEAD")
-
-
-def _verdict_changes(before: dict, after: dict) -> str:
-    old, new = before.get("verdicts", {}), after.get("verdicts", {})
-    changed = [f"{n}: {old.get(n)} -> {v}" for n, v in new.items() if n in old and old[n] != v]
-    return "; ".join(changed) or "none"
-
-
-def _known(slug: str, records: dict[str, Record]) -> bool:
-    if slug not in records:
-        raise CommandError(f"unknown paper '{slug}'; there are: {', '.join(records)}", 2)
-    return True
-
-
-def _check_parameters(root: Path, chosen: dict[str, Record], profile: str) -> None:
-    for slug in chosen:
-        notebook = Notebook.read(record_paths(root)[slug].with_suffix(".ipynb"))
-        check_parameters(root, notebook, slug, profile, {})
+    ran = [slug for slug in records if (o := ended.outcomes.get(PAPER + slug)) and not o.code]
+    for name, outcome in ended.outcomes.items():
+        if outcome.code:
+            print(f"failed: {name.removeprefix(PAPER)}: {outcome.message}")
+    for slug in ran:
+        after = _verdicts(root, records[slug], profile)
+        for claim, verdict in after.items():
+            if claim in before[slug] and before[slug][claim] != verdict:
+                print(f"{slug}: {claim}: {before[slug][claim]} -> {verdict}")
+    if ended.left_out:
+        names = ", ".join(name.removeprefix(PAPER) for name in ended.left_out)
+        print(f"left out for lack of time: {names}; the same command goes on with them")
+    elif not ended.outcomes:
+        print(f"nothing to run: {count} papers are up to date at profile {profile}")
+    print(summary([row for row in scoreboard(root, profile) if row.paper in records]))
+    if ran and has_revision(root, "HEAD"):
+        compare(root, ran, profile, "HEAD")

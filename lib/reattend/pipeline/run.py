@@ -16,6 +16,7 @@ from reattend.locks import Busy, locked
 from reattend.parameters import ParameterError, Parameters, profile_values, resolve
 from reattend.pipeline.errors import CommandError
 from reattend.pipeline.judge import judge_paper, write_verdicts
+from reattend.pipeline.needs import provide
 from reattend.pipeline.notebooks import Notebook, running_cell, tidy
 from reattend.project import results_directory, study_directory
 from reattend.records import load_record, record_paths
@@ -48,6 +49,7 @@ def run(root: Path, slug: str, profile: str, overrides: dict) -> Path:
             scratch = root / "build" / "running" / f"{slug}-{profile}"
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
+            provide(record, profile)
             inputs = _inputs(root, notebook, slug, profile)
             try:
                 execute(notebook, executed, profile, overrides, scratch, timeout)
