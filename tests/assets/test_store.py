@@ -10,6 +10,7 @@ import yaml
 
 from reattend.assets import store
 from reattend.assets.store import AssetError, asset_path, catalogue, fetch, member_hash
+from reattend.sizes import NOTE
 
 FILES = {"pkg/a.txt": b"alpha", "pkg/data/b.txt": b"beta", "pkg/data/c.txt": b"gamma"}
 
@@ -115,6 +116,17 @@ def test_damage_in_the_cache_is_seen_and_mended(registry):
     fetch("toy")
     assert (directory / "pkg/a.txt").read_bytes() == b"alpha"
     assert len(downloads) == 3
+
+
+def test_a_damaged_note_is_written_anew_without_a_download(registry):
+    downloads = registry()
+    directory = fetch("toy")
+    (directory / NOTE).write_text("{")
+    with pytest.raises(AssetError, match=r"is damaged in the cache \(.reattend.json\)"):
+        asset_path("toy")
+    fetch("toy")
+    assert asset_path("toy") == directory
+    assert len(downloads) == 1
 
 
 def test_missing_asset_names_the_command(registry):

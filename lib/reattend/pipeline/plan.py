@@ -181,7 +181,8 @@ def makespan(todo: dict[str, Stage], jobs: int) -> float:
 def that_fit(todo: dict[str, Stage], jobs: int, seconds: float) -> dict[str, Stage]:
     """As many papers as end in time, and what they need.
 
-    With one deadline for all, the cheapest first leaves the fewest out. A paper's price is its own
+    With one deadline for all, the cheapest first leaves the fewest out (exactly so where papers share
+    nothing; the best choice of what to share is not searched for). A paper's price is its own
     time and, of each stage it needs that nobody before it has paid for, the share that falls on it
     when all waiting papers that need the stage pay alike. Papers are taken in the order of price, each
     if all taken so far still end in time.
