@@ -37,7 +37,9 @@ report: install
 test: install
 	$(BIN)/reattend build --profile smoke
 	$(BIN)/reattend fetch
-	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env -m "not faults"
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env \
+		--nbval-kernel-startup-timeout 600 -m "not faults and not after_nbval"
+	$(THREADS) $(BIN)/python -m pytest -m after_nbval tests/test_real_papers.py
 
 test-faults: install
 	$(THREADS) $(BIN)/python -m pytest -m faults tests

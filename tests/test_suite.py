@@ -20,7 +20,7 @@ from reattend.pipeline.manifests import write_fingerprints
 from reattend.pipeline.notebooks import CHECKED, Notebook, source
 from reattend.pipeline.notice import render_notice
 from reattend.pipeline.report import readme_with_scoreboard, scoreboard
-from reattend.records import record_paths
+from reattend.records import FAMILIES, record_paths
 
 SIZE_LIMIT = 1_000_000
 LINE_LIMIT = 620  # of code in one notebook; 400 is what to aim for
@@ -140,7 +140,11 @@ def test_records_need_known_backbones(root):
 
 def test_dependencies_are_the_same_everywhere(root):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    assert "reattend[notebooks]" in extras["pipeline"]
+    assert "reattend[pipeline,cluster]" in extras["dev"], "dev, which `make` installs, has it all"
+    wanted = project["dependencies"] + [line for lines in extras.values() for line in lines]
+    wanted = [line for line in wanted if not line.startswith("reattend[")]
     names = {re.split(r"[><=\[ ]", line)[0].lower().replace("_", "-") for line in wanted}
     pins = dict(
         line.strip().lower().replace("_", "-").split("==")
@@ -167,6 +171,13 @@ def test_modules_depend_one_way():
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_every_family_is_held_to_what_methods_may_import(root):
+    tables = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]
+    [methods] = [c for c in tables["contracts"] if c["type"] == "forbidden"]
+    present = {f"reattend.{name}" for name in FAMILIES if (root / "lib/reattend" / name).is_dir()}
+    assert present <= set(methods["source_modules"])
 
 
 def test_help_imports_nothing_heavy():

@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from PIL import Image
 
 DPI = 110

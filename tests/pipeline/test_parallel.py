@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.toy import EXPERIMENT, Checkout, heed_interrupts, wait_until
+from tests.pipeline.toy import EXPERIMENT, PATIENCE, Checkout, heed_interrupts, wait_until
 
 PAPERS = ["toy_a", "toy_b", "toy_c"]
 
@@ -76,14 +76,15 @@ def test_two_at_a_time_leave_dvc_with_nothing_to_do(three):
 
 
 def test_ctrl_c_ends_everything_and_a_second_run_continues(three):
-    slow = "import time\ntime.sleep(3)\n" + EXPERIMENT
-    three.write_paper("toy_a", slow)
+    slow = "import pathlib, time\nwhile not pathlib.Path('../../build/go').exists():\n"
+    three.write_paper("toy_a", slow + "    time.sleep(0.05)\n" + EXPERIMENT)
     process = start(three, "--profile", "smoke", "--jobs", "2")
     wait_until(lambda: (three.root / "build/executed/theory/toy_a.smoke.cell").exists())
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, output
     wait_until(lambda: processes(three) == [])
+    (three.root / "build" / "go").touch()
     three.reattend("repro", "--profile", "smoke", "--jobs", "2", check=True)
     all_is_well(three)
 
@@ -105,7 +106,7 @@ def test_a_killed_stage_is_tried_once_more(three):
 
 
 def test_a_second_repro_says_so(three):
-    three.write_paper("toy_a", "import time\ntime.sleep(60)")
+    three.write_paper("toy_a", "import time\ntime.sleep(3600)")
     process = start(three, "--profile", "smoke", "--jobs", "1", "toy_a")
     try:
         wait_until(lambda: (three.root / "build/executed/theory/toy_a.smoke.cell").exists())
@@ -114,7 +115,7 @@ def test_a_second_repro_says_so(three):
         assert "another `reattend repro` is at work" in second.stderr
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
 
 
 def test_a_paper_whose_model_cannot_be_had_stops_no_other(three):
@@ -148,7 +149,7 @@ def test_kill_9_at_random_moments_then_a_second_run(tmp_path):
                 continue
         if not attempt % 3:
             process.kill()
-        process.communicate(timeout=120)
+        process.communicate(timeout=PATIENCE)
         wait_until(lambda: processes(disturbed) == [])
         for slug in PAPERS:
             path = disturbed.results(slug, "smoke") / "results.json"

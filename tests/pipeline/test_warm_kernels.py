@@ -13,7 +13,7 @@ from nbclient.exceptions import DeadKernelError
 
 from reattend.pipeline.run import kernel_config, threads
 from reattend.pipeline.warm_kernels import VARIABLE, ForkedKernel, kernel_server, provisioner
-from tests.pipeline.toy import wait_until
+from tests.pipeline.toy import PATIENCE, wait_until
 
 LOADED = "import sys\nprint('torch' in sys.modules, [m for m in sys.modules if 'reattend' in m])"
 EXPERIMENT = """\
@@ -50,7 +50,11 @@ def run(monkeypatch, tmp_path):
         content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
         place = {"metadata": {"path": str(tmp_path)}}
         NotebookClient(
-            content, kernel_name="python3", resources=place, config=kernel_config(), timeout=60
+            content,
+            kernel_name="python3",
+            resources=place,
+            config=kernel_config(),
+            startup_timeout=PATIENCE,
         ).execute()
         outputs = [output for cell in content.cells for output in cell.outputs]
         return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
@@ -105,7 +109,7 @@ def test_a_kernel_that_dies_is_noticed(server, run):
 def test_an_interrupted_cell_stops(server, run):
     assert run(
         "import os, signal\n"
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    import time\n    time.sleep(30)\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    import time\n    time.sleep(3600)\n"
         "except KeyboardInterrupt:\n    print('interrupted')"
     ) == ("interrupted\n")
 
@@ -116,7 +120,7 @@ def test_a_kernel_ends_with_the_one_that_asked_for_it(server):
         "from reattend.pipeline.warm_kernels import ForkedKernel\n"
         "request = {'arguments': [], 'env': {}, 'cwd': '/'}\n"
         f"print(ForkedKernel({server!r}, request).pid, flush=True)\n"
-        "time.sleep(60)"
+        "time.sleep(3600)"
     )
     client = subprocess.Popen([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True)
     pid = int(client.stdout.readline())
@@ -133,7 +137,7 @@ def test_the_end_of_a_kernel_is_seen_by_polling_and_by_waiting(server, tmp_path)
     polled.kill()
     wait_until(lambda: polled.poll() is not None)
     waited.terminate()
-    assert waited.wait(timeout=30) != 0
+    assert waited.wait(timeout=PATIENCE) != 0
 
 
 def test_without_a_server_kernels_start_as_usual(run, monkeypatch, tmp_path):

@@ -26,6 +26,15 @@ def _guarded(command: Callable[[], int | None]) -> int:
     except CommandError as error:
         print(f"reattend: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "reattend":
+            raise
+        extra = "cluster" if error.name in ("dask", "distributed") else "pipeline"
+        print(
+            f"reattend: this command needs {error.name}; `pip install 'reattend[{extra}]'`",
+            file=sys.stderr,
+        )
+        return 1
     except OSError as error:
         print(f"reattend: {error.strerror}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return 1

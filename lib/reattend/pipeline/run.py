@@ -22,6 +22,7 @@ from reattend.project import results_directory, study_directory
 from reattend.records import load_record, record_paths
 
 TIMEOUT_FACTOR = 10  # a notebook is stopped after this many times its budget
+START_TIMEOUT = 600  # seconds that a kernel gets to start: machines are loaded
 
 
 def run(root: Path, slug: str, profile: str, overrides: dict) -> Path:
@@ -142,6 +143,7 @@ def execute(
                 kernel_name="python3",
                 cwd=str(notebook.path.parent),
                 progress_bar=sys.stderr.isatty(),
+                start_timeout=START_TIMEOUT,
                 execution_timeout=int(timeout),
                 config=kernel_config(),
             )
