@@ -363,7 +363,9 @@ class RoutingAttention(nn.Module):
         self.scale = dim**-0.5 if scaled else 1.0
         self.attend_self = attend_self
         self.rule: Rule = "whole"
-        self.near = nn.Linear(width, 3 * self.near_heads * dim, bias=False) if self.near_heads else None
+        self.near = (
+            nn.Linear(width, 3 * self.near_heads * dim, bias=False) if self.near_heads else None
+        )
         self.far = nn.Linear(width, 2 * far_heads * dim, bias=False) if far_heads else None
         self.out = nn.Linear(width, width, bias=False)
         self.register_buffer("centroids", torch.zeros(far_heads, clusters, dim))

@@ -139,7 +139,9 @@ def _watched(model: Trunk, setting: Setting) -> list[dict]:
     seen: list[Tensor] = []
     routing = [layer for layer in routing_layers(model) if layer.routes]
     hooks = [
-        layer.register_forward_hook(lambda module, inputs, _: seen.append(module.routed_scores(inputs[0])))
+        layer.register_forward_hook(
+            lambda module, inputs, _: seen.append(module.routed_scores(inputs[0]))
+        )
         for layer in routing
     ]
     model.eval()
@@ -198,7 +200,7 @@ def build(target: Path, profile: str) -> None:
 def load(
     profile: str = "cpu", device: torch.device | str = "cpu"
 ) -> tuple[dict[Arm, list[Trunk]], pd.DataFrame]:
-    """Models by arm and seed, in evaluation mode and without gradients; and the curves of their training.
+    """Models by arm and seed, in evaluation mode; and the curves of their training.
 
     The curves have the columns arm, seed, step, what, layer, value; `what` is "accuracy" beyond the
     local reach, "smallest" and "largest" share of the tokens nearest to one centroid, "in_none": share
@@ -210,5 +212,5 @@ def load(
         for seed in range(setting.seeds):
             model = untrained(arm, setting, seed)
             load_model(model, directory / f"{arm}-{seed}.safetensors")
-            found.append(model.to(device).eval().requires_grad_(False))
+            found.append(model.to(device).eval())
     return models, pd.read_csv(directory / "trace.csv")
