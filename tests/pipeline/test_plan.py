@@ -86,7 +86,10 @@ def test_as_many_papers_as_end_in_time(seconds, papers):
             [{"changed deps": {"build/fingerprints/papers/x.json": "modified"}}],
             "its code, record, parameters or catalogue entry changed",
         ),
-        ([{"changed outs": {"figures/theory/x/cpu": "modified"}}], "its results were edited or damaged"),
+        (
+            [{"changed outs": {"figures/theory/x/cpu": "modified"}}],
+            "its results were edited or damaged",
+        ),
         (
             [
                 {"changed deps": {"build/fingerprints/papers/x.json": "modified"}},

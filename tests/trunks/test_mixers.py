@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from reattend.attention.dense import dense_attention
 from reattend.attention.positions import alibi_bias, rotary
 from reattend.trunks.language import FeedForward, Trunk, same_size
-from reattend.trunks.mixers import SoftmaxAttention
+from reattend.trunks.mixers import SoftmaxAttention, TokenShift
 
 
 def mixer(positions="rotary", qk_norm=False, width=12, heads=3):
@@ -95,3 +96,26 @@ def test_same_size_names_the_odd_one():
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="not a multiple"):
         SoftmaxAttention(10, 3)
+
+
+def shifted(width=6):
+    inner = nn.Identity()
+    inner.state_size = lambda length: 10 * length
+    return TokenShift(inner, width).double(), inner
+
+
+def test_token_shift_mixes_with_the_token_before():
+    module, _ = shifted()
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    share = torch.tensor([0, 0.2, 0.4, 0.6, 0.8, 1]).double()
+    before = torch.cat([torch.zeros(2, 1, 6).double(), x[:, :-1]], 1)
+    torch.testing.assert_close(module(x), (1 - share) * x + share * before)
+    assert module.state_size(7) == 76
+
+
+def test_token_shift_has_its_mixers_loss_or_none():
+    module, inner = shifted()
+    assert not hasattr(module, "auxiliary_loss")
+    inner.auxiliary_loss = torch.tensor(3.0)
+    model = Trunk(5, 6, [lambda width: module])
+    assert model.auxiliary_loss() == 3

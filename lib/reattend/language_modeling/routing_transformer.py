@@ -363,8 +363,10 @@ class RoutingAttention(nn.Module):
         self.scale = dim**-0.5 if scaled else 1.0
         self.attend_self = attend_self
         self.rule: Rule = "whole"
-        self.near = nn.Linear(width, 3 * self.near_heads * dim, bias=False)
-        self.far = nn.Linear(width, 2 * far_heads * dim, bias=False)
+        self.near = (
+            nn.Linear(width, 3 * self.near_heads * dim, bias=False) if self.near_heads else None
+        )
+        self.far = nn.Linear(width, 2 * far_heads * dim, bias=False) if far_heads else None
         self.out = nn.Linear(width, width, bias=False)
         self.register_buffer("centroids", torch.zeros(far_heads, clusters, dim))
         self.register_buffer("started", torch.tensor(False))
@@ -429,6 +431,18 @@ class RoutingAttention(nn.Module):
             self.auxiliary_loss = commitment_loss(r, nearest, self.centroids, self.commitment)
         return scores
 
+    def far_vectors(
+        self, x: Float[Tensor, "batch length width"]
+    ) -> Float[Tensor, "batch heads length dim"]:
+        """Normalised queries, which are also the keys, of the heads that are not local."""
+        return unit_variance(self.heads_of(x, self.far, 2, self.far_heads)[0])
+
+    def routed_scores(
+        self, x: Float[Tensor, "batch length width"]
+    ) -> Float[Tensor, "batch heads length clusters"]:
+        """Scores to the centroids of a layer's input."""
+        return self.scores(self.far_vectors(x))
+
     def members(
         self, scores: Float[Tensor, "batch heads length clusters"]
     ) -> Int[Tensor, "batch heads clusters members"]:
@@ -459,8 +473,7 @@ class RoutingAttention(nn.Module):
             turned = rotary(q), rotary(k)
             found.append(dense_attention(*turned, v, mask=seen, return_weights=True)[1])
         if self.far_heads:
-            r = unit_variance(self.heads_of(x, self.far, 2, self.far_heads)[0])
-            scores, turned = self.scores(r), rotary(r)
+            scores, turned = self.routed_scores(x), rotary(self.far_vectors(x))
             if self.kind == "same_centroid":
                 logits = self.scale * (turned @ turned.mT)
                 found.append(masked_softmax(logits, self.same_centroid(scores)))

@@ -1,4 +1,4 @@
-"""The dense mixer that every model trained from scratch is compared with: softmax attention."""
+"""Mixers that models trained from scratch share: softmax attention, and the token shift."""
 
 from typing import Literal
 
@@ -85,3 +85,31 @@ class SoftmaxAttention(nn.Module):
     def state_size(self, length: int) -> int:
         """Keys and values of every token."""
         return 2 * length * self.out.in_features
+
+
+class TokenShift(nn.Module):
+    """Mixes each channel with that of the token before, by a learned share, then applies a mixer.
+
+    A value can then be found by its key in one layer of attention. The shares start at 0 in the first
+    channel and rise evenly to 1 in the last; 0 leaves a channel as it is, and the first token has zero
+    before it.
+    """
+
+    def __init__(self, mixer: nn.Module, width: int):
+        super().__init__()
+        self.mixer = mixer
+        self.share = nn.Parameter(torch.linspace(0, 1, width))
+
+    @property
+    def auxiliary_loss(self) -> Tensor:
+        """The mixer's own; AttributeError where it has none."""
+        return self.mixer.auxiliary_loss
+
+    def forward(
+        self, x: Float[Tensor, "batch length width"]
+    ) -> Float[Tensor, "batch length width"]:
+        return self.mixer(x.lerp(F.pad(x, (0, 0, 1, -1)), self.share))
+
+    def state_size(self, length: int) -> int:
+        """The mixer's, and the last token."""
+        return self.mixer.state_size(length) + len(self.share)
