@@ -44,8 +44,10 @@ test: install
 test-faults: install
 	$(THREADS) $(BIN)/python -m pytest -m faults tests
 
+# In a container one often is root, as which JupyterLab must be told to start.
+study: AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 study: install
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab $(AS_ROOT) notebooks
 
 lint: install
 	$(BIN)/ruff check .

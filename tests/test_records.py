@@ -5,6 +5,7 @@ import copy
 import pytest
 import yaml
 
+from reattend.project import FileError
 from reattend.records import RecordError, load_record, record_paths
 from tests.pipeline.toy import RECORD
 
@@ -124,7 +125,7 @@ def test_ways_to_lose(write):
 def test_broken_yaml_names_the_line(write):
     path = write()
     path.write_text("slug: toy\nclaims: [")
-    with pytest.raises(RecordError, match=r"toy.yaml, line \d: not valid YAML"):
+    with pytest.raises(FileError, match=r"toy.yaml, line \d: not valid YAML"):
         load_record(path)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from reattend.project import load_yaml
+from reattend.project import read_yaml
 
 PROFILES = ("smoke", "cpu", "gpu")
 
@@ -27,7 +27,18 @@ class ParameterError(ValueError):
 class Parameters(BaseModel):
     """Base of every notebook's parameter model: unknown names are refused, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_kinds(cls, values: dict) -> dict:
+        # pydantic would take true for 1 and "3" for 3.
+        for name, field in cls.model_fields.items():
+            kinds = _kinds(field.annotation)
+            for leaf in _leaves(values.get(name)):
+                if isinstance(leaf, bool | str) and type(leaf) not in kinds:
+                    raise ValueError(f"parameter '{name}' = {leaf!r}: {describe(cls, name)}")
+        return values
 
     @model_validator(mode="after")
     def _check_elements(self) -> Parameters:
@@ -63,6 +74,21 @@ def parameter(
     return Field(description=meaning, json_schema_extra=extra, **bounds)
 
 
+def _kinds(annotation: Any) -> set[type]:
+    """The types of the numbers, texts and truth values that an annotation is made of."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return {type(value) for value in typing.get_args(annotation)}
+    inner = typing.get_args(annotation)
+    return set().union(*map(_kinds, inner)) if inner else {annotation}
+
+
+def _leaves(value: Any) -> list:
+    """The values in nested lists."""
+    if isinstance(value, list | tuple):
+        return [leaf for element in value for leaf in _leaves(element)]
+    return [value]
+
+
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -75,20 +101,43 @@ def _check_bounds(name: str, value: float, bounds: dict[str, float]) -> None:
 
 
 def load_params(root: Path) -> dict:
-    """params.yaml of the checkout at `root`, as a dictionary.
+    """params.yaml of the checkout at `root`: its `profile`, and `papers` -> profile -> values.
 
     Raises:
-        ParameterError: when the file is missing or not a mapping with `profile` and `papers`.
+        ParameterError: when it is missing or does not hold that. FileError: when it cannot be read.
     """
-    path = root / "params.yaml"
-    if not path.exists():
+    try:
+        loaded = read_yaml(root / "params.yaml")
+    except FileNotFoundError:
         raise ParameterError(
-            f"no params.yaml in the project's root; restore it from git ({path.name})"
-        )
-    loaded = load_yaml(path.read_text(encoding="utf8"))
+            "no params.yaml in the project's root; restore it from git (params.yaml)"
+        ) from None
     if not isinstance(loaded, dict) or not {"profile", "papers"} <= loaded.keys():
         raise ParameterError("params.yaml needs the keys 'profile' and 'papers'")
+    if loaded["profile"] not in PROFILES:
+        raise ParameterError(
+            f"params.yaml: unknown profile {loaded['profile']!r}; there are: {', '.join(PROFILES)}"
+        )
+    if not isinstance(loaded["papers"], dict):
+        raise ParameterError("params.yaml: 'papers' must map each paper to its profiles")
+    for slug, profiles in loaded["papers"].items():
+        _check_profiles(slug, profiles)
     return loaded
+
+
+def _check_profiles(slug: object, profiles: object) -> None:
+    if not isinstance(profiles, dict):
+        raise ParameterError(f"params.yaml: '{slug}' must map profiles to values")
+    for name, values in profiles.items():
+        if name not in PROFILES:
+            known = ", ".join(PROFILES)
+            raise ParameterError(
+                f"params.yaml: '{slug}' has a profile {name!r}; there are: {known}"
+            )
+        if not isinstance(values, dict | None):
+            raise ParameterError(f"params.yaml: '{slug}', '{name}' must map names to values")
+        if wrong := [key for key in values or {} if not isinstance(key, str)]:
+            raise ParameterError(f"params.yaml: '{slug}', '{name}': {wrong[0]!r} is no name")
 
 
 def profile_values(root: Path, slug: str, profile: str) -> dict[str, Any]:
@@ -99,13 +148,12 @@ def profile_values(root: Path, slug: str, profile: str) -> dict[str, Any]:
     """
     papers = load_params(root)["papers"]
     if slug not in papers:
-        raise ParameterError(
-            f"unknown paper '{slug}'; params.yaml has: {', '.join(sorted(papers))}"
-        )
+        known = ", ".join(sorted(map(str, papers))) or "none"
+        raise ParameterError(f"unknown paper '{slug}'; params.yaml has: {known}")
     if profile not in PROFILES:
         raise ParameterError(f"unknown profile '{profile}'; there are: {', '.join(PROFILES)}")
     if profile not in papers[slug]:
-        known = ", ".join(papers[slug])
+        known = ", ".join(papers[slug]) or "none"
         raise ParameterError(f"'{slug}' has no profile '{profile}' in params.yaml; it has: {known}")
     return dict(papers[slug][profile] or {})
 

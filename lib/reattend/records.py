@@ -11,10 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from reattend.project import load_yaml
+from reattend.project import read_yaml
 
 FAMILIES = (
     "long_context",
@@ -277,19 +276,16 @@ def load_record(path: Path) -> Record:
     """Read and check one record.
 
     Raises:
-        RecordError: names the file and the first wrong field.
+        RecordError: names the file and the first wrong field. FileError: names file and line.
     """
     try:
-        loaded = load_yaml(path.read_text(encoding="utf8"))
+        loaded = read_yaml(path)
     except FileNotFoundError:
         raise RecordError(f"no record {path.name} beside the notebook") from None
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
-        raise RecordError(f"{path.name}, line {line}: not valid YAML") from None
     if not isinstance(loaded, dict):
         raise RecordError(f"{path.name}: must be a mapping of fields")
     try:
-        record = Record(**loaded)
+        record = Record.model_validate(loaded)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(_named(loaded, first["loc"])) or "record"
@@ -317,5 +313,15 @@ def _named(loaded: Any, location: tuple) -> list[str]:
 
 
 def record_paths(root: Path) -> dict[str, Path]:
-    """Records of all papers of the checkout at `root`: slug -> file, by family and name."""
-    return {path.stem: path for path in sorted((root / "notebooks").glob("*/*.yaml"))}
+    """Records of all papers of the checkout at `root`: slug -> file, by family and name.
+
+    Raises:
+        RecordError: two files of one name, whose results could not be told apart.
+    """
+    paths: dict[str, Path] = {}
+    for path in sorted((root / "notebooks").glob("*/*.yaml")):
+        if path.stem in paths:
+            places = " and ".join(p.relative_to(root).as_posix() for p in (paths[path.stem], path))
+            raise RecordError(f"two records of one name: {places}; rename one")
+        paths[path.stem] = path
+    return paths

@@ -10,7 +10,6 @@ import platform
 import random
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -35,7 +34,7 @@ from reattend.presentation import (
     smoke_markdown,
     summary_markdown,
 )
-from reattend.project import find_root, study_directory
+from reattend.project import find_root, git, study_directory
 from reattend.records import RecordError, load_record, record_paths
 
 OUT_VARIABLE = "REATTEND_OUT"  # set by `reattend run`: the directory to write to
@@ -288,19 +287,9 @@ def _commit(root: Path) -> str | None:
 
     New files that are not in the commit count as edits.
     """
-    if shutil.which("git") is None:
-        return None
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    top = git("rev-parse", "--show-toplevel")
-    if not top or Path(top).resolve() != root.resolve():
-        return None  # no repository, or one that this checkout merely lies in
-    commit = git("rev-parse", "--short", "HEAD")
-    edited = git("status", "--porcelain", "--", "lib", "notebooks", "params.yaml")
-    return f"{commit}+" if commit and edited else commit or None
+    commit = git(root, "rev-parse", "--short", "HEAD")
+    edited = git(root, "status", "--porcelain", "--", "lib", "notebooks", "params.yaml")
+    return f"{commit.strip()}{'+' if edited else ''}" if commit else None
 
 
 def _measurement(metric, value, method, setting, seed) -> dict:

@@ -1,5 +1,8 @@
 """Replacing a directory of results: one of the two versions is always whole."""
 
+import errno
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,10 @@ import pytest
 from reattend.locks import locked
 from reattend.pipeline.errors import CommandError
 from reattend.pipeline.run import recover, remove_leftovers, replace_directory
+
+
+def hidden(directory):
+    return [path.name for path in directory.iterdir() if path.name.startswith(".")]
 
 
 @pytest.fixture
@@ -20,11 +27,11 @@ def places(tmp_path):
 
 
 def test_replace(places):
-    root, old, new = places
+    _, old, new = places
     replace_directory(new, old)
     assert (old / "results.json").read_text() == "new"
     assert not new.exists()
-    assert not list((root / "build/replaced").rglob("results.json"))
+    assert hidden(old.parent) == []
 
 
 def test_replace_where_nothing_was(places):
@@ -33,39 +40,85 @@ def test_replace_where_nothing_was(places):
     assert (root / "figures/theory/other/cpu/results.json").read_text() == "new"
 
 
-def test_a_rename_that_fails_puts_the_old_results_back(places, monkeypatch):
+def test_results_on_another_disk_behind_a_link(places):
     _, old, new = places
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
+        shutil.move(old.parent, f"{disk}/toy")
+        old.parent.symlink_to(f"{disk}/toy")
+        replace_directory(new, old)
+        assert (old / "results.json").read_text() == "new"
+        assert old.parent.is_symlink()
+
+
+def failing(monkeypatch, name: str, error: BaseException) -> None:
+    """Have the renaming of directories of that name end like this."""
     rename = Path.rename
 
     def fail(self, target):
-        if self == new:
-            raise OSError(28, "No space left on device")
+        if self.name == name:
+            raise error
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
+
+
+def test_a_directory_that_cannot_be_renamed_is_copied(places, monkeypatch):
+    _, old, new = places
+    failing(monkeypatch, "cpu", OSError(errno.EXDEV, "Invalid cross-device link"))
+    replace_directory(new, old)
+    assert (old / "results.json").read_text() == "new"
+    assert hidden(old.parent) == []
+
+
+@pytest.mark.parametrize("name", ["cpu", ".cpu.new"])
+def test_a_rename_that_fails_puts_the_old_results_back(places, monkeypatch, name):
+    _, old, new = places
+    failing(monkeypatch, name, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(CommandError, match="No space left on device; earlier results kept"):
         replace_directory(new, old)
     assert (old / "results.json").read_text() == "old"
+    assert (new / "results.json").read_text() == "new"
+    assert hidden(old.parent) == []
 
 
-def test_a_crash_between_the_renames_is_mended(places, monkeypatch):
+@pytest.mark.parametrize("name", ["cpu", ".cpu.new"])
+def test_a_crash_at_either_rename_is_mended(places, monkeypatch, name):
     root, old, new = places
-    rename = Path.rename
-
-    def crash(self, target):
-        if self == new:
-            raise SystemExit  # as if killed here
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", crash)
+    failing(monkeypatch, name, SystemExit())  # as if killed here
     with pytest.raises(SystemExit):
         replace_directory(new, old)
     monkeypatch.undo()
-    assert not old.exists()
+    assert hidden(old.parent)
+    for _ in range(2):
+        recover(root)
+        assert (old / "results.json").read_text() == "old"
+        assert hidden(old.parent) == []
+
+
+def test_a_crash_after_the_new_results_took_their_place_keeps_them(places, monkeypatch):
+    root, old, new = places
+
+    def crash(*_, **__):
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", crash)
+        with pytest.raises(SystemExit):
+            replace_directory(new, old)
     recover(root)
-    assert (old / "results.json").read_text() == "old"
+    assert (old / "results.json").read_text() == "new"
+    assert hidden(old.parent) == []
+
+
+def test_recovery_leaves_a_paper_at_work_alone(places):
+    root, old, _ = places
+    waiting = old.with_name(".cpu.new")
+    waiting.mkdir()
+    with locked(root / "build" / "locks" / "toy.lock", wait=False):
+        recover(root)
+        assert waiting.exists()
     recover(root)
-    assert (old / "results.json").read_text() == "old"
+    assert not waiting.exists()
 
 
 def test_leftovers_of_killed_runs_go_and_those_of_a_run_at_work_stay(tmp_path):

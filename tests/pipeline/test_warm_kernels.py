@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import nbformat
 import pytest
@@ -73,6 +74,17 @@ def is_alive(pid: int) -> bool:
 
 def test_kernels_start_with_torch_and_without_the_library(server, run):
     assert run(LOADED) == "True []\n"
+
+
+def test_a_server_in_a_long_directory(run, monkeypatch, tmp_path):
+    long = tmp_path / ("t" * 120)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # which remembers
+    monkeypatch.setenv(VARIABLE, "the server of the other tests")  # put back afterwards
+    with kernel_server(os.environ | threads()):
+        assert os.environ[VARIABLE].startswith(str(long))
+        assert run(LOADED) == "True []\n"
 
 
 def test_a_kernel_sees_nothing_of_those_before(server, run, tmp_path):

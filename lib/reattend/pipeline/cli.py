@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,7 +38,8 @@ def _guarded(command: Callable[[], int | None]) -> int:
         )
         return 1
     except OSError as error:
-        print(f"reattend: {error.strerror}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        where = f": {_from_here(error.filename)}" if error.filename else ""
+        print(f"reattend: {error.strerror or error}{where}", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError) as error:
         # Wrong records, parameters, assets and backbones: their messages name the cure.
@@ -46,8 +49,21 @@ def _guarded(command: Callable[[], int | None]) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
+def _from_here(path: str | bytes | int) -> str:
+    """A path relative to the working directory where it lies in it."""
+    path = Path(os.fsdecode(path)) if not isinstance(path, int) else Path(str(path))
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every command does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"reattend: {message} (see `{self.prog} --help`)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="reattend", description="Replicate papers about attention; see README.md."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -90,7 +106,10 @@ def _parser() -> argparse.ArgumentParser:
         help="start only what will end within this time, as many papers as fit (s, m or h)",
     )
     repro.add_argument(
-        "--scheduler", metavar="ADDRESS", help="a Dask scheduler whose workers share these files"
+        "--scheduler",
+        type=_address,
+        metavar="ADDRESS",
+        help="a Dask scheduler whose workers share these files",
     )
 
     judge = add("judge", _judge, "verdicts from stored evidence and records, without running")
@@ -144,6 +163,14 @@ def _duration(text: str) -> float:
     return seconds
 
 
+def _address(text: str) -> str:
+    # The port is what Dask does not ask for, and then waits in vain.
+    found = re.fullmatch(r"(tcp|tls|ws|wss|ucx)://(\[[0-9a-fA-F:]+\]|[\w.-]+):(\d{1,5})", text)
+    if not found or not 0 < int(found[3]) < 65536:
+        raise argparse.ArgumentTypeError(f"an address like tcp://host:8786, not '{text}'")
+    return text
+
+
 def _root() -> Path:
     from reattend.pipeline.errors import CommandError
     from reattend.project import find_root
@@ -158,22 +185,31 @@ def _profile(root: Path, given: str | None) -> str:
     from reattend.parameters import PROFILES, load_params
     from reattend.pipeline.errors import CommandError
 
-    profile = given or load_params(root)["profile"]
-    if profile not in PROFILES:
-        raise CommandError(f"unknown profile '{profile}'; there are: {', '.join(PROFILES)}", 2)
-    return profile
+    params = load_params(root)  # also where the profile is given: what reads it later is far away
+    if given is None:
+        return params["profile"]
+    if given not in PROFILES:
+        raise CommandError(f"unknown profile '{given}'; there are: {', '.join(PROFILES)}", 2)
+    return given
+
+
+def _check_names(kind: str, names: list[str], known: Iterable[str]) -> None:
+    """Refuse the first name that is not known, before anything is done for the others."""
+    from reattend.pipeline.errors import CommandError
+
+    if unknown := [name for name in names if name not in known]:
+        raise CommandError(f"unknown {kind} '{unknown[0]}'; there are: {', '.join(known)}", 2)
 
 
 def _fetch(options: argparse.Namespace) -> None:
-    from reattend.assets.store import fetch, find
+    from reattend.assets.store import catalogue, fetch
     from reattend.pipeline.graph import load_records, needed_assets
     from reattend.pipeline.manifests import write_asset_manifest
 
     root = _root()
     records = load_records(root).values()
     names = options.names or sorted({name for record in records for name in needed_assets(record)})
-    for name in names:
-        find(name)
+    _check_names("asset", names, catalogue())
     for name in names:
         fetch(name)
         write_asset_manifest(root, name)
@@ -181,7 +217,7 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    from reattend.backbones.store import build, find_backbone
+    from reattend.backbones.store import build, catalogue
     from reattend.pipeline.graph import load_records, needed_backbones
     from reattend.pipeline.manifests import write_backbone_manifest
     from reattend.pipeline.run import threads
@@ -193,8 +229,7 @@ def _build(options: argparse.Namespace) -> None:
     names = options.names or list(
         dict.fromkeys(name for record in records for name in needed_backbones(record))
     )
-    for name in names:
-        find_backbone(name)
+    _check_names("backbone", names, catalogue())
     for name in names:
         build(name, profile)
         write_backbone_manifest(root, name, profile)
@@ -217,25 +252,33 @@ def _overrides(assignments: list[str]) -> dict:
     import yaml
 
     from reattend.pipeline.errors import CommandError
+    from reattend.project import load_yaml
 
     overrides = {}
     for text in assignments:
         name, equals, value = text.partition("=")
-        if not equals:
+        if not equals or not name:
             raise CommandError(f"--set takes NAME=VALUE, got '{text}'", exit_code=2)
+        if name in overrides:
+            raise CommandError(f"--set {name}: given twice", exit_code=2)
         try:
-            overrides[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            overrides[name] = load_yaml(value)
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise CommandError(f"--set {name}: '{value}' is not a YAML value", 2) from None
     return overrides
 
 
 def _repro(options: argparse.Namespace) -> int:
+    from reattend.pipeline.cores import usable_cores
+    from reattend.pipeline.preflight import check_repository, check_scheduler
     from reattend.pipeline.repro import Options, repro
 
     root = _root()
     profile = _profile(root, options.profile)
-    jobs = options.jobs or os.cpu_count() or 1
+    check_repository(root)
+    if options.scheduler:
+        check_scheduler(options.scheduler)
+    jobs = options.jobs or usable_cores()
     asked = Options(
         jobs,
         force=options.force,
@@ -307,8 +350,10 @@ def _fingerprint(options: argparse.Namespace) -> None:
 
 def _tidy(options: argparse.Namespace) -> None:
     from reattend.pipeline.run import tidy_paper
+    from reattend.records import record_paths
 
     root = _root()
+    _check_names("paper", options.papers, record_paths(root))
     for slug in options.papers:
         tidy_paper(root, slug)
         print(f"{slug}: checked outputs renewed")

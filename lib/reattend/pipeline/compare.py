@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from reattend.pipeline.judge import judge_profile
 from reattend.pipeline.manifests import write_text
 from reattend.pipeline.power import chosen_records
 from reattend.presentation import interval_text
-from reattend.project import results_directory
+from reattend.project import git, read_json, results_directory
 from reattend.records import Record
 
 DEFAULT_TOLERANCE = 0.02  # relative, for metrics of which the record says nothing
@@ -90,7 +89,7 @@ def compare(root: Path, papers: list[str], profile: str, ref: str) -> int:
 
 def has_revision(root: Path, ref: str) -> bool:
     """Whether Git knows `ref` as a commit."""
-    return _git(root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}") is not None
+    return git(root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}") is not None
 
 
 def stored_outcomes(
@@ -98,10 +97,10 @@ def stored_outcomes(
 ) -> dict[str, ClaimOutcome] | str:
     """Outcomes of the evidence committed at `ref` under the present record, or why there are none."""
     place = results_directory(root, record.family, record.slug, profile).relative_to(root)
-    text = _git(root, "show", f"{ref}:{place.as_posix()}/evidence.csv")
+    text = git(root, "show", f"{ref}:{place.as_posix()}/evidence.csv")
     if text is None:
         return f"{ref} has no evidence at profile {profile}"
-    facts = json.loads(_git(root, "show", f"{ref}:{place.as_posix()}/run.json") or "{}")
+    facts = json.loads(git(root, "show", f"{ref}:{place.as_posix()}/run.json") or "{}")
     try:
         return judge(record, read_evidence(text, facts.get("timing_evidence", [])))
     except EvidenceError as error:
@@ -161,9 +160,10 @@ def predicted(new: Estimate, old: Estimate, level: float) -> bool:
 def changed_measurements(root: Path, record: Record, profile: str, ref: str) -> list[str]:
     """Logged measurements that are gone, new, or beyond the tolerance of their metric, a line each."""
     path = results_directory(root, record.family, record.slug, profile) / "results.json"
-    text = _git(root, "show", f"{ref}:{path.relative_to(root).as_posix()}")
+    text = git(root, "show", f"{ref}:{path.relative_to(root).as_posix()}")
+    fresh = read_json(path)
     try:
-        old_values, new_values = _by_key(text), _by_key(path.read_text(encoding="utf8"))
+        old_values, new_values = _by_key(json.loads(text)), _by_key(fresh)
     except (ValueError, KeyError, TypeError):
         return [f"{record.slug}: results.json cannot be read on one side"]
     lines = []
@@ -206,13 +206,8 @@ def _alike(a: float, b: float, tolerance: float) -> bool:
     return abs(a - b) <= tolerance * max(abs(a), abs(b)) + _FLOOR
 
 
-def _by_key(text: str) -> dict[tuple, float]:
+def _by_key(results: dict) -> dict[tuple, float]:
     return {
         (row["metric"], row["method"], row["setting"], row["seed"]): row["value"]
-        for row in json.loads(text)["measurements"]
+        for row in results["measurements"]
     }
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
+from traitlets import default
 
 from reattend.pipeline.notebooks import note_cell
 
@@ -28,6 +31,14 @@ class _Manager(NotebookExecutionManager):
         super().save(**details)
 
 
+class _OwnPython(AsyncKernelManager):
+    """Starts kernels of this very Python: a user's other "python3" kernelspec may come first."""
+
+    @default("kernel_spec_manager")
+    def _kernel_spec_manager_default(self) -> KernelSpecManager:
+        return KernelSpecManager(kernel_dirs=[])
+
+
 class _Engine(NBClientEngine):
     """Papermill's own engine with the manager above."""
 
@@ -38,7 +49,13 @@ class _Engine(NBClientEngine):
         manager = _Manager(nb, output_path, log_output, progress_bar, SAVE_EVERY)
         manager.notebook_start()
         try:
-            cls.execute_managed_notebook(manager, kernel_name, log_output=log_output, **options)
+            cls.execute_managed_notebook(
+                manager,
+                kernel_name,
+                log_output=log_output,
+                kernel_manager_class=_OwnPython,
+                **options,
+            )
         finally:
             manager.notebook_complete()
         return manager.nb

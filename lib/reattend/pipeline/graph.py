@@ -16,7 +16,7 @@ import yaml
 
 from reattend.assets.store import catalogue as assets
 from reattend.backbones.store import catalogue as backbones
-from reattend.project import load_yaml
+from reattend.project import read_yaml
 from reattend.records import Record, RecordError, load_record, record_paths
 
 FINGERPRINTS = "build/fingerprints"
@@ -68,7 +68,7 @@ def read_records(root: Path) -> tuple[dict[str, Record], dict[str, str]]:
     for slug, path in record_paths(root).items():
         try:
             record = load_record(path)
-            _check_needs(record)
+            check_needs(record)
         except (ValueError, OSError) as error:
             unusable[slug] = str(error)
         else:
@@ -76,7 +76,12 @@ def read_records(root: Path) -> tuple[dict[str, Record], dict[str, str]]:
     return records, unusable
 
 
-def _check_needs(record: Record) -> None:
+def check_needs(record: Record) -> None:
+    """Refuse a record that needs what no catalogue has.
+
+    Raises:
+        RecordError: names it and what there is.
+    """
     for kind, names, known in (
         ("assets", record.needs.assets, assets()),
         ("backbones", record.needs.backbones, backbones()),
@@ -144,7 +149,7 @@ def _papers(root: Path, records: dict[str, Record], unusable: dict[str, str]) ->
 
 def _present_stages(root: Path) -> dict[str, dict]:
     path = root / "dvc.yaml"
-    return load_yaml(path.read_text(encoding="utf8"))["stages"] if path.exists() else {}
+    return read_yaml(path)["stages"] if path.exists() else {}
 
 
 def sync(root: Path) -> bool:

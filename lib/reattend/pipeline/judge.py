@@ -16,7 +16,7 @@ from reattend.pipeline.errors import CommandError
 from reattend.pipeline.graph import METRICS
 from reattend.pipeline.manifests import write_json
 from reattend.pipeline.metrics_file import metrics
-from reattend.project import results_directory
+from reattend.project import FileError, read_json, read_text, results_directory
 from reattend.records import Record, load_record, record_paths
 
 JUDGED = [profile for profile in PROFILES if profile != "smoke"]
@@ -99,16 +99,14 @@ def judge_profile(root: Path, record: Record, profile: str) -> dict[str, ClaimOu
         return None
     place = directory.relative_to(root).as_posix()
     try:
-        facts = json.loads((directory / "run.json").read_text(encoding="utf8"))
-        evidence = read_evidence(path.read_text(encoding="utf8"), facts.get("timing_evidence", []))
+        facts = read_json(directory / "run.json")
+        evidence = read_evidence(read_text(path), facts.get("timing_evidence", []))
         return judge(record, evidence)
     except FileNotFoundError:
         raise CommandError(
             f"{place}: evidence.csv without run.json; run the paper again", 2
         ) from None
-    except (json.JSONDecodeError, AttributeError):
-        raise CommandError(f"{place}/run.json is damaged; run the paper again", 2) from None
-    except UnicodeDecodeError:
-        raise CommandError(f"{place}/evidence.csv is no text; run the paper again", 2) from None
+    except FileError as error:
+        raise CommandError(f"{error}; run the paper again", 2) from None
     except EvidenceError as error:
         raise CommandError(f"{place}/evidence.csv: {error}", 2) from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from reattend.parameters import Parameters
 from reattend.pipeline.errors import CommandError
+from reattend.project import read_json
 
 CHECKED = "# NBVAL_CHECK_OUTPUT"
 
@@ -24,14 +26,31 @@ class Notebook:
         """Read a notebook.
 
         Raises:
-            CommandError: when it is missing or not JSON.
+            CommandError: when it is missing, or its cells are not plain Python.
+            FileError: when it is not JSON.
         """
         try:
-            return cls(path, json.loads(path.read_text(encoding="utf8")))
+            notebook = cls(path, read_json(path))
         except FileNotFoundError:
             raise CommandError(f"no notebook {path.name} beside its record", 2) from None
-        except json.JSONDecodeError as error:
-            raise CommandError(f"{path.name} is not a notebook: {error}", 2) from None
+        if problem := _format_problem(notebook.content):
+            raise CommandError(f"{notebook.name} is not a notebook: {problem}", 2)
+        for number, cell in enumerate(notebook.cells, start=1):
+            if cell["cell_type"] == "code":
+                notebook._check_python(number, source(cell))
+        return notebook
+
+    def _check_python(self, number: int, text: str) -> None:
+        # Fingerprints follow imports through the syntax tree, which magics are not part of.
+        try:
+            ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError) as error:
+            line = (text.splitlines() or [""])[
+                max(0, (getattr(error, "lineno", 0) or 1) - 1)
+            ].strip()
+            magic = line.startswith(("%", "!", "?")) or line.endswith("?")
+            what = "an IPython magic; write it in Python" if magic else error
+            raise CommandError(f"{self.name}, cell {number} ({line[:60]}): {what}", 2) from None
 
     @property
     def name(self) -> str:
@@ -54,22 +73,63 @@ class Notebook:
         Raises:
             CommandError: when no or several cells have it.
         """
-        found = [c for c in self.cells if tag in c.get("metadata", {}).get("tags", [])]
+        found = [c for c in self.cells if tag in _tags(c)]
         if len(found) != 1:
             raise CommandError(f"{self.name}: needs one cell tagged '{tag}', has {len(found)}", 2)
+        if found[0]["cell_type"] != "code":
+            raise CommandError(f"{self.name}: the cell tagged '{tag}' must be a code cell", 2)
         return source(found[0])
+
+    def check_injection(self) -> None:
+        """Refuse a notebook that would not take its profile from the pipeline.
+
+        Papermill puts the profile behind the cell tagged `parameters`; without that cell, before all
+        cells, where the notebook's own `profile = "smoke"` then undoes it.
+
+        Raises:
+            CommandError: names what is wrong.
+        """
+        names = _assigned(ast.parse(self.tagged("parameters")))
+        if names != {"profile", "overrides"}:
+            raise CommandError(
+                f"{self.name}: its cell tagged 'parameters' must set profile and overrides, and "
+                f"nothing else",
+                2,
+            )
+        if any("injected-parameters" in _tags(cell) for cell in self.cells):
+            raise CommandError(
+                f"{self.name} is an executed copy: it has a cell tagged 'injected-parameters'; "
+                f"restore it from git, or delete that cell",
+                2,
+            )
+        place = next(i for i, cell in enumerate(self.cells) if "parameters" in _tags(cell))
+        for number, cell in enumerate(self.cells[place + 1 :], start=place + 2):
+            names = _assigned(ast.parse(source(cell))) if cell["cell_type"] == "code" else set()
+            if again := names & {"profile", "overrides"}:
+                raise CommandError(
+                    f"{self.name}, cell {number}: sets {again.pop()} again, which would undo what the "
+                    f"command line asks for",
+                    2,
+                )
 
     def parameter_model(self) -> type[Parameters]:
         """The parameter model that the cell tagged `schema` declares; runs that cell alone."""
         namespace: dict = {"__name__": "schema"}
-        exec(compile(self.tagged("schema"), f"{self.name} (schema)", "exec"), namespace)
+        where = f"{self.name}, the cell tagged 'schema'"
+        try:
+            exec(compile(self.tagged("schema"), where, "exec"), namespace)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, CommandError):
+                raise
+            said = str(error).strip().partition("\n")[0]
+            raise CommandError(f"{where}: {type(error).__name__}: {said}", 2) from None
         models = [
             value
             for value in namespace.values()
             if isinstance(value, type) and issubclass(value, Parameters) and value is not Parameters
         ]
         if len(models) != 1:
-            raise CommandError(f"{self.name}: the schema cell must declare one Parameters class", 2)
+            raise CommandError(f"{where} must declare one Parameters class, has {len(models)}", 2)
         return models[0]
 
     def describe_cell(self, cell_source: str | None) -> str:
@@ -85,6 +145,55 @@ class Notebook:
 def source(cell: dict) -> str:
     """A cell's source as one string."""
     return "".join(cell["source"])
+
+
+def _format_problem(content: dict) -> str | None:
+    """What is missing of nbformat 4, as far as anything here reads it."""
+    if content.get("nbformat") != 4:
+        return f"its nbformat is {content.get('nbformat')!r}, not 4"
+    if not isinstance(content.get("metadata"), dict):
+        return "it has no metadata"
+    cells = content.get("cells")
+    if not isinstance(cells, list):
+        return "it has no list of cells"
+    wrong = [number for number, cell in enumerate(cells, start=1) if not _is_cell(cell)]
+    return f"cell {wrong[0]} is not a cell" if wrong else None
+
+
+def _is_cell(cell: object) -> bool:
+    if not isinstance(cell, dict) or cell.get("cell_type") not in ("code", "markdown", "raw"):
+        return False
+    metadata, text = cell.get("metadata", {}), cell.get("source")
+    lines = text if isinstance(text, list) else [text]
+    return (
+        all(isinstance(line, str) for line in lines)
+        and isinstance(metadata, dict)
+        and isinstance(metadata.get("tags", []), list)
+    )
+
+
+def _tags(cell: dict) -> list:
+    return cell.get("metadata", {}).get("tags", [])
+
+
+def _assigned(tree: ast.Module) -> set[str]:
+    """Names that the statements of a cell set, imports and what is inside definitions apart."""
+    statements = [s for s in tree.body if not isinstance(s, _DEFINITIONS)]
+    nodes = [node for statement in statements for node in ast.walk(statement)]
+    inner = {
+        id(name)
+        for node in nodes
+        if isinstance(node, ast.comprehension)
+        for name in ast.walk(node.target)
+    }
+    return {
+        node.id
+        for node in nodes
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in inner
+    }
+
+
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def note_cell(executed: Path, number: int, count: int) -> None:
@@ -122,7 +231,7 @@ def tidy(notebook: Notebook, executed: Path) -> None:
     fresh = [
         cell
         for cell in json.loads(executed.read_text(encoding="utf8"))["cells"]
-        if "injected-parameters" not in cell.get("metadata", {}).get("tags", [])
+        if "injected-parameters" not in _tags(cell)
     ]
     if len(fresh) != len(notebook.cells):
         raise CommandError(f"{notebook.name}: the executed copy has other cells", 1)

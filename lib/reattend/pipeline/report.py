@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from reattend.pipeline.graph import read_records
 from reattend.pipeline.judge import committed_verdicts, judge_papers, verdicts_path
 from reattend.pipeline.manifests import write_text
 from reattend.presentation import interval_text
-from reattend.project import results_directory
+from reattend.project import read_json, results_directory
 from reattend.records import Claim, Record
 
 NOT_RUN = "not run"
@@ -174,8 +173,8 @@ def _numbers(name: str, test: dict) -> str:
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
         return {}
 
 

@@ -8,7 +8,6 @@ shared file system.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reattend.locks import Busy, locked
+from reattend.parameters import load_params
 from reattend.pipeline.display import Display
 from reattend.pipeline.errors import CommandError
 from reattend.pipeline.graph import read_records, sync
@@ -28,7 +28,7 @@ from reattend.pipeline.plan import PAPER, Task, reason, stages_of, tasks_of, tha
 from reattend.pipeline.report import scoreboard, summary, write_report
 from reattend.pipeline.run import check_parameters, recover, remove_leftovers
 from reattend.pipeline.workers import Ended, Outcome, run_dvc, run_tasks
-from reattend.project import results_directory
+from reattend.project import FileError, read_json, results_directory
 from reattend.records import Record, record_paths
 
 FINGERPRINT, REPORT = "fingerprint", "report"  # stages that run before and after all others
@@ -160,11 +160,16 @@ def _put_back(path: Path) -> Iterator[None]:
 def set_profile(root: Path, profile: str) -> bool:
     """Write the chosen profile into params.yaml, where DVC's graph reads it; whether it was another."""
     path = root / "params.yaml"
+    if load_params(root)["profile"] == profile:
+        return False
     text = path.read_text(encoding="utf8")
-    renewed = re.sub(r"(?m)^profile: *\w+", f"profile: {profile}", text, count=1)
-    if renewed != text:
-        write_text(path, renewed)
-    return renewed != text
+    value = r"""("[^"\n]*"|'[^'\n]*'|[^\s#]+)"""
+    line = rf"(?m)^profile:[ \t]*{value}(?=\s|$)"
+    renewed, found = re.subn(line, f"profile: {profile}", text)
+    if found != 1:
+        raise CommandError("params.yaml needs one line like `profile: cpu`", 2)
+    write_text(path, renewed)
+    return True
 
 
 def _status(root: Path) -> dict[str, list]:
@@ -251,10 +256,9 @@ def _read(root: Path, record: Record, profile: str, name: str) -> dict:
     """A JSON file of a paper's results; empty where there is none that can be read."""
     path = results_directory(root, record.family, record.slug, profile) / name
     try:
-        found = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except (OSError, FileError):
         return {}  # a run mends it
-    return found if isinstance(found, dict) else {}
 
 
 def _verdicts(root: Path, record: Record, profile: str) -> dict[str, str]:

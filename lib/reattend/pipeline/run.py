@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
 import shutil
@@ -15,11 +17,13 @@ from reattend.fingerprints import paper_fingerprint
 from reattend.locks import Busy, locked
 from reattend.parameters import ParameterError, Parameters, profile_values, resolve
 from reattend.pipeline.errors import CommandError
+from reattend.pipeline.graph import check_needs
+from reattend.pipeline.isolation import isolation
 from reattend.pipeline.judge import judge_paper, write_verdicts
 from reattend.pipeline.needs import provide
 from reattend.pipeline.notebooks import Notebook, running_cell, tidy
-from reattend.project import results_directory, study_directory
-from reattend.records import load_record, record_paths
+from reattend.project import FileError, read_json, results_directory, study_directory
+from reattend.records import Record, load_record, record_paths
 
 TIMEOUT_FACTOR = 10  # a notebook is stopped after this many times its budget
 START_TIMEOUT = 600  # seconds that a kernel gets to start: machines are loaded
@@ -38,15 +42,16 @@ def run(root: Path, slug: str, profile: str, overrides: dict) -> Path:
     """
     record_path = _record_path(root, slug)
     record = load_record(record_path)
+    check_needs(record)
     notebook = Notebook.read(record_path.with_suffix(".ipynb"))
-    check_parameters(root, notebook, slug, profile, overrides)
+    parameters = check_parameters(root, notebook, slug, profile, overrides)
     place = study_directory if overrides else results_directory
     target = place(root, record.family, slug, profile)
     executed = root / "build" / "executed" / record.family / f"{slug}.{profile}.ipynb"
     timeout = TIMEOUT_FACTOR * getattr(record.budget_seconds, profile)
     try:
         with locked(root / "build" / "locks" / f"{slug}.lock", wait=False):
-            recover(root)
+            _recover(target)
             scratch = root / "build" / "running" / f"{slug}-{profile}"
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
@@ -54,14 +59,14 @@ def run(root: Path, slug: str, profile: str, overrides: dict) -> Path:
             inputs = _inputs(root, notebook, slug, profile)
             try:
                 execute(notebook, executed, profile, overrides, scratch, timeout)
-                _check_complete(scratch, notebook)
-                if _inputs(root, notebook, slug, profile) != inputs:
-                    raise CommandError(
-                        f"{slug}: its code or parameters were edited while it ran; run it again"
-                    )
-                replace_directory(scratch, target)
+                _check_results(scratch, notebook, slug, profile, parameters)
+                try:
+                    _check_unedited(slug, inputs, _inputs(root, notebook, slug, profile))
+                    replace_directory(scratch, target)
+                except (CommandError, FileError, OSError) as error:
+                    raise _kept(root, scratch, error) from None
                 if not overrides:
-                    write_verdicts(root, record, judge_paper(root, record))
+                    _judge(root, record, target)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except Busy:
@@ -94,6 +99,7 @@ def check_parameters(
     Raises:
         CommandError: one line naming what is allowed.
     """
+    notebook.check_injection()
     try:
         parameters = resolve(
             notebook.parameter_model(), profile_values(root, slug, profile), overrides
@@ -125,6 +131,7 @@ def execute(
     # Imported here: papermill takes half a second that other commands should not pay.
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from nbformat import ValidationError
     from papermill.exceptions import PapermillExecutionError
 
     from reattend.pipeline import engine
@@ -133,14 +140,17 @@ def execute(
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the raised error says it better
     executed.parent.mkdir(parents=True, exist_ok=True)
     parameters = {"profile": profile} | ({"overrides": overrides} if overrides else {})
+    own = isolation(notebook.root / "build" / "ipython")
+    variables = {"REATTEND_OUT": str(out)} | own | threads() | provisioner()
     try:
-        with _environment(REATTEND_OUT=str(out), **threads(), **provisioner()), _interruptible():
+        with _environment(**variables), _interruptible():
             papermill.execute_notebook(
-                str(notebook.path),
-                str(executed),
+                _literal(notebook.path),
+                _literal(executed),
                 parameters=parameters,
                 engine_name=engine.NAME,
                 kernel_name="python3",
+                language="python",
                 cwd=str(notebook.path.parent),
                 progress_bar=sys.stderr.isatty(),
                 start_timeout=START_TIMEOUT,
@@ -154,17 +164,28 @@ def execute(
         raise _failure(notebook, executed, f"a cell did not end in {timeout:.0f} s") from None
     except DeadKernelError:
         raise _failure(notebook, executed, "the kernel died (out of memory?)") from None
+    except ValidationError as error:
+        said = str(error).partition("\n")[0]
+        raise CommandError(f"{notebook.name} is not a notebook: {said}", 2) from None
+
+
+def _literal(path: Path) -> str:
+    """A path for papermill, which would fill in what it finds between braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def recover(root: Path) -> None:
-    """Put back results that an interrupted `replace_directory` had moved aside."""
-    for aside in (root / "build" / "replaced").glob("*"):
-        target = root / aside.name.replace(":", "/")
-        if target.exists():
-            shutil.rmtree(aside)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            aside.rename(target)
+    """Finish or undo what interrupted calls of `replace_directory` left, where nothing runs."""
+    for slug_directory in _result_directories(root):
+        leftovers = [p for p in slug_directory.glob(".*") if p.suffix in (".new", ".old")]
+        lock = root / "build" / "locks" / f"{slug_directory.name}.lock"
+        for leftover in leftovers:
+            with suppress(Busy), locked(lock, wait=False):
+                _recover(leftover.with_name(leftover.stem.removeprefix(".")))
+
+
+def _result_directories(root: Path) -> list[Path]:
+    return [p for top in ("figures", "build/study") for p in (root / top).glob("*/*") if p.is_dir()]
 
 
 def remove_leftovers(root: Path) -> None:
@@ -178,26 +199,58 @@ def remove_leftovers(root: Path) -> None:
 def replace_directory(source: Path, target: Path) -> None:
     """Put `source` in the place of `target`; an interruption leaves one of the two whole.
 
-    Two renames: a crash between them leaves the old results in build/replaced, from where the next
-    command puts them back.
+    Both wait beside the target, on its file system: `.<name>.new` until it takes the target's name,
+    `.<name>.old` until then. What a crash leaves tells how far it was (see `_recover`).
+
+    Raises:
+        CommandError: it cannot be written; `target` is as it was, `source` still there.
     """
-    root = _root_of(target)
-    aside = root / "build" / "replaced" / target.relative_to(root).as_posix().replace("/", ":")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    where = target.relative_to(_root_of(target))
+    target = target.resolve()  # results may lie on another disk, behind a link
+    new, old = _waiting(target)
     try:
+        _recover(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, new)
         if target.exists():
-            target.rename(aside)
-        source.rename(target)
+            _move(target, old)
+        new.rename(target)
     except OSError as error:
-        if aside.exists() and not target.exists():
-            aside.rename(target)
-        where = target.relative_to(root)
-        raise CommandError(
-            f"cannot write {where}: {error.strerror}; earlier results kept"
-        ) from None
-    shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            _recover(target)
+        reason = error.strerror or str(error)
+        raise CommandError(f"cannot write {where}: {reason}; earlier results kept") from None
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(source, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    """Put the old results back while the new have not taken their place; remove what is left over."""
+    target = target.resolve()
+    new, old = _waiting(target)
+    if old.exists() and new.exists():
+        shutil.rmtree(target, ignore_errors=True)
+        old.rename(target)
+    for leftover in (new, old, old.with_suffix(".part")):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+
+
+def _waiting(target: Path) -> tuple[Path, Path]:
+    return target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+
+
+def _move(directory: Path, there: Path) -> None:
+    """Rename a directory, or copy it where that is refused (of a container's image, on overlayfs)."""
+    try:
+        directory.rename(there)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        partial = there.with_suffix(".part")
+        shutil.copytree(directory, partial)
+        partial.rename(there)
+        shutil.rmtree(directory)
 
 
 def _root_of(target: Path) -> Path:
@@ -216,9 +269,51 @@ def _inputs(root: Path, notebook: Notebook, slug: str, profile: str) -> tuple[di
     return paper_fingerprint(notebook.path), profile_values(root, slug, profile)
 
 
-def _check_complete(out: Path, notebook: Notebook) -> None:
-    if not (out / "results.json").exists():
-        raise CommandError(f"{notebook.name}: ended without results; its last cell is rep.finish()")
+def _check_results(
+    out: Path, notebook: Notebook, slug: str, profile: str, parameters: Parameters
+) -> None:
+    """Refuse results that are not whole, or not of what was asked for."""
+    try:
+        results = read_json(out / "results.json")
+        read_json(out / "run.json")
+    except FileNotFoundError:
+        raise CommandError(
+            f"{notebook.name}: ended without results; its last cell is rep.finish()"
+        ) from None
+    except FileError as error:
+        raise CommandError(f"{notebook.name}: wrote a damaged file: {error}") from None
+    asked = {"slug": slug, "profile": profile, "parameters": parameters.model_dump(mode="json")}
+    for name, value in asked.items():
+        if results.get(name) != value:
+            got, wanted = (json.dumps(v)[:80] for v in (results.get(name), value))
+            raise CommandError(
+                f"{notebook.name}: its results say {name} {got} where {wanted} was asked for, so they "
+                f"are not kept; earlier results are untouched"
+            )
+
+
+def _check_unedited(slug: str, before: tuple, after: tuple) -> None:
+    if before != after:
+        raise CommandError(f"{slug}: its code or parameters were edited while it ran; run it again")
+
+
+def _judge(root: Path, record: Record, target: Path) -> None:
+    try:
+        write_verdicts(root, record, judge_paper(root, record))
+    except (CommandError, FileError) as error:
+        raise CommandError(
+            f"{error} (the new results are in {target.relative_to(root)}; no verdicts yet: mend this, "
+            f"then `reattend judge {record.slug}`)"
+        ) from None
+
+
+def _kept(root: Path, scratch: Path, error: Exception) -> CommandError:
+    """Keep whole results that could not take their place; the error that says where they are."""
+    place = root / "build" / "kept" / scratch.name
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    scratch.rename(place)
+    return CommandError(f"{error} (what this run found: {place.relative_to(root)})")
 
 
 def _failure(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from jupyter_client.provisioning import LocalProvisioner
 
+from reattend.pipeline.isolation import isolation
 from reattend.pipeline.orphans import end_with_parent
 
 VARIABLE = "REATTEND_KERNELS"  # the server's socket, for everything that `reattend repro` starts
@@ -40,11 +41,13 @@ def kernel_server(environment: dict[str, str]) -> Iterator[None]:
         program = str(Path(__file__).with_name("kernel_server.py"))
         with socket.socket(socket.AF_UNIX) as listener:
             # Here, so that who asks before the server is up waits for it.
-            listener.bind(path)
+            with _short(path) as address:
+                listener.bind(address)
             listener.listen()
             server = subprocess.Popen(
                 [sys.executable, "-P", program, str(listener.fileno())],
-                env=environment,
+                env=environment | isolation(Path(directory)),
+                cwd=directory,  # matplotlib reads settings where it is imported
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -59,6 +62,16 @@ def kernel_server(environment: dict[str, str]) -> Iterator[None]:
             os.environ.pop(VARIABLE)
             server.kill()
             server.wait()
+
+
+@contextmanager
+def _short(path: str) -> Iterator[str]:
+    """A socket's path by way of its open directory: the system takes 107 bytes, TMPDIR may have more."""
+    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{directory}/{os.path.basename(path)}"
+    finally:
+        os.close(directory)
 
 
 def provisioner() -> dict[str, str]:
@@ -102,7 +115,8 @@ class ForkedKernel:
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.settimeout(PATIENCE)
         try:
-            self._connection.connect(path)
+            with _short(path) as address:
+                self._connection.connect(address)
             text = json.dumps(request).encode() + b"\n"
             sent = socket.send_fds(self._connection, [text], [1, 2])
             self._connection.sendall(text[sent:])
