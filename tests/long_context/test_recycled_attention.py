@@ -72,7 +72,7 @@ def step_through(method, query, key, value, prompt, scale=0.3):
     for t in range(prompt, query.shape[2]):
         call = query[:, :, t : t + 1], key[:, :, : t + 1], value[:, :, : t + 1]
         outputs.append(method.decode(*call, scale=scale, layer=0))
-        kept.append(method._states[0][0].kept)
+        kept.append(method.states(0)[0].kept)
     return torch.cat(outputs, dim=2), kept
 
 
@@ -209,7 +209,7 @@ def test_size_newest_and_sinks_of_the_cache(seed):
 def test_selection_differs_between_key_heads_and_layers(model, prompt, given):
     method = RecycledAttention(budget=8, stride=4)
     decode(model, prompt, method, given=given[:, :6])
-    first, second = (method._states[layer][0].kept for layer in range(LAYERS))
+    first, second = (method.states(layer)[0].kept for layer in range(LAYERS))
     assert not torch.equal(first, second)
     assert not torch.equal(first[:, 0], first[:, 1])
 
@@ -288,7 +288,7 @@ def test_similarity_is_to_the_query_of_the_last_full_step():
     for t in range(1, 6):
         part = query[:, :, t : t + 1], key[:, :, : t + 1], key[:, :, : t + 1]
         method.decode(*part, scale=1.0, layer=0)
-        full.append(bool(method._states[0][0].full))
+        full.append(bool(method.states(0)[0].full))
     # cos 0.3 and 0.6 are above 0.8, cos 0.9 below; from 0.9, 0.1 is too far; from 0.1, 0.3 is not.
     assert full == [False, False, True, True, False]
     same = query_similarity(query[:, :, 3:4], query[:, :, :1])

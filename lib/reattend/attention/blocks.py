@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from reattend.attention.dense import widened
+
 
 def block_count(length: int, block_size: int) -> int:
     """Number of blocks that hold `length` tokens, the last one possibly partial."""
@@ -38,10 +40,13 @@ def pool_blocks(
 ) -> Float[Tensor, "*batch blocks dim"]:
     """Mean over the tokens of each block; partial blocks are averaged over their real tokens.
 
+    Summed and returned in float32 at least.
+
     Args:
         offset: absolute position of the first token (`keys - queries` for the queries of a chunked
             prefill).
     """
+    x = widened(x)
     tokens, front = x.shape[-2], offset % block_size
     blocks = block_count(front + tokens, block_size)
     padded = F.pad(x, (0, 0, front, blocks * block_size - front - tokens))

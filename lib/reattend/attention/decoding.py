@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from reattend.attention.host import attach
 from reattend.attention.kv_selection import Combined
-from reattend.attention.method import AttentionMethod
+from reattend.attention.method import AttentionMethod, CacheView
 from reattend.attention.registry import build_method
 
 
@@ -78,7 +78,9 @@ class _Recorder(AttentionMethod):
         super().__init__()
         self.starts: dict[int, dict] = {}
 
-    def begin_decoding(self, query: Tensor, key: Tensor, *, layer: int, **call) -> None:
+    def begin_decoding(
+        self, query: Tensor, key: Tensor, *, layer: int, cache: CacheView, **call
+    ) -> None:
         # The keys are in the cache: only the queries would be lost.
         self.starts[layer] = {"query": query, **call}
 
@@ -146,7 +148,8 @@ def decode(
     cache = copy.deepcopy(prompt.cache)
     method.clear()
     for layer, start in prompt.starts.items():
-        method.begin_decoding(key=cache.layers[layer].keys, layer=layer, **start)
+        view = CacheView(cache, before=None)
+        method.begin_decoding(key=cache.layers[layer].keys, layer=layer, cache=view, **start)
 
     logits, real = prompt.logits, prompt.real
     choices, likelihoods, reads, selecting = [], [], [], []

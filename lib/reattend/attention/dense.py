@@ -31,6 +31,15 @@ def repeat_key_heads(
     return x.repeat_interleave(query_heads // key_heads, dim=1)
 
 
+def widened(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The same numbers in float32 at least.
+
+    Scores and sums of half precision are taken in it: an unscaled score can lie beyond the largest
+    float16, and a running sum in bfloat16 stops growing at 256 times its terms.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def dense_attention(
     query: Float[Tensor, "batch query_heads queries dim"],
     key: Float[Tensor, "batch key_heads keys dim"],
@@ -60,17 +69,18 @@ def dense_attention(
         return_weights: also return the attention weights.
 
     Returns:
-        The output, or (output, weights). A query without any allowed key gets zeros, in the output,
-        in its weights and in the gradients.
+        The output, or (output, weights). The weights are in float32 at least, like everything
+        before the output. A query without any allowed key gets zeros, in the output, in its weights
+        and in the gradients.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key = repeat_key_heads(key, query.shape[1])
     value = repeat_key_heads(value, query.shape[1])
-    scores = scale * (query @ key.transpose(-2, -1))
+    scores = scale * (widened(query) @ widened(key).transpose(-2, -1))
     if bias is not None:
         scores = scores + bias
     weights = masked_softmax(scores, _allowed(scores, mask, causal))
-    output = weights @ value
+    output = (weights @ widened(value)).to(value.dtype)
     return (output, weights) if return_weights else output
 
 

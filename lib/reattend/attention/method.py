@@ -5,13 +5,15 @@ sparse-frontier, whose hooks are prefill, cache compression and decoding). It re
 measured density and what it reads of the cache, so that no experiment reports nominal numbers.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from reattend.attention.block_sparse import Backend, block_sparse_attention, check_backend
 from reattend.attention.blocks import (
@@ -23,6 +25,25 @@ from reattend.attention.blocks import (
 from reattend.attention.dense import causal_sdpa
 
 Phase = Literal["prefill", "decode"]
+
+
+# A number of tokens or entries, or a share in (0, 1] of those that are there.
+Budget = int | float
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """The cache that a layer's keys come from.
+
+    Attributes:
+        owner: the cache object. What a method remembers of a cache goes when the object goes.
+        before: the layer's keys as they lay in the cache before this call added its own; None where
+            there were none. The same tensor as after the last call means that nothing has happened
+            to the cache since: every reordering, cut or copy makes a new one.
+    """
+
+    owner: object
+    before: Float[Tensor, "batch key_heads keys dim"] | None
 
 
 class AttentionMethod:
@@ -47,6 +68,20 @@ class AttentionMethod:
     def __init__(self) -> None:
         self.clear()
 
+    def prepare(self, model: nn.Module) -> None:
+        """Called by `attach` before anything is run: the place to look at the model.
+
+        Raises:
+            ValueError: the method cannot be right in this model.
+        """
+
+    def saves_from(self, phase: Phase) -> int | None:
+        """Least tokens of a prompt from which the method can read less than everything.
+
+        None where it never does.
+        """
+        return None
+
     def prefill(
         self,
         query: Float[Tensor, "batch query_heads queries dim"],
@@ -57,7 +92,10 @@ class AttentionMethod:
         layer: int,
         padding: Bool[Tensor, "batch keys"] | None = None,
     ) -> Float[Tensor, "batch query_heads queries dim"]:
-        """Attention of a prompt, or of a chunk behind a cache (queries < keys)."""
+        """Attention of a prompt, or of a chunk behind a cache (queries < keys).
+
+        Tokens that arrive several at once are a chunk, also the candidates of assisted decoding.
+        """
         return self._dense(query, key, value, scale, layer, padding, phase="prefill")
 
     def begin_decoding(
@@ -68,11 +106,15 @@ class AttentionMethod:
         scale: float,
         layer: int,
         padding: Bool[Tensor, "batch keys"] | None = None,
+        cache: CacheView | None = None,
     ) -> None:
         """Chooses what decoding will read; called after each prompt, or chunk of one.
 
         The model's cache keeps every entry: a method that compresses the cache reads only what it
         kept. Of a prompt in chunks it sees the queries of the last one.
+
+        Args:
+            cache: where the keys lie; None for plain tensors.
         """
 
     def decode(
@@ -84,6 +126,7 @@ class AttentionMethod:
         scale: float,
         layer: int,
         padding: Bool[Tensor, "batch keys"] | None = None,
+        cache: CacheView | None = None,
     ) -> Float[Tensor, "batch query_heads 1 dim"]:
         """Attention of one new token over the cache."""
         return self._dense(query, key, value, scale, layer, padding, phase="decode")
@@ -118,6 +161,10 @@ class AttentionMethod:
             ValueError: nothing was recorded in this phase.
         """
         return self.densities(phase).mean().item()
+
+    def has_recorded(self, phase: Phase) -> bool:
+        """Whether `density` has something to say of this phase."""
+        return any(recorded == phase for recorded, _ in self._recorded)
 
     def densities(self, phase: Phase = "prefill") -> Float[Tensor, "layers heads"]:
         """Measured density of each head, the mean over calls; rows are the layers in order.
@@ -194,6 +241,18 @@ class BlockSparseMethod(AttentionMethod, ABC):
     def is_short(self, keys: int) -> bool:
         """Whether a sequence of `keys` tokens is attended densely; here: when it fits one block."""
         return keys <= self.block_size
+
+    def fewest_blocks(self) -> int | None:
+        """Key blocks from which `select` can leave one out; None where it never does."""
+        return 2
+
+    def saves_from(self, phase: Phase) -> int | None:
+        """Least tokens of a prompt of which a block can be left out; decoding is dense."""
+        blocks = self.fewest_blocks()
+        if phase == "decode" or blocks is None:
+            return None
+        tokens = (blocks - 1) * self.block_size + 1
+        return next(n for n in itertools.count(tokens) if not self.is_short(n))
 
     def block_mask(
         self,
@@ -327,3 +386,35 @@ def check_share(name: str, value: float) -> float:
     if not 0 < value <= 1:
         raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
     return value
+
+
+def check_budget(name: str, value: Budget, *, at_least: int = 1) -> Budget:
+    """Returns a budget that passed the check: a whole number, or a share as a float.
+
+    Raises:
+        ValueError: an integer below `at_least`, a share outside (0, 1], or something else.
+    """
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    if isinstance(value, float):
+        raise ValueError(
+            f"{name} must lie in (0, 1] as a share, or be an integer of at least {at_least}, "
+            f"got {value!r}"
+        )
+    return check_count(name, value, at_least=at_least)
+
+
+def budget_of(budget: Budget, total: int, *, at_least: int = 1) -> int:
+    """A budget as a number: itself, or its share of `total`, rounded, of at least `at_least`."""
+    if isinstance(budget, float):
+        return max(at_least, round(budget * total))
+    return budget
+
+
+def first_above(budget: Budget, *, at_least: int = 1) -> int | None:
+    """The smallest total that exceeds its budget; None for a share of 1."""
+    if budget == 1.0 and isinstance(budget, float):
+        return None
+    return next(
+        total for total in itertools.count(1) if total > budget_of(budget, total, at_least=at_least)
+    )

@@ -26,6 +26,7 @@ from reattend.attention.dense import (
     causal_token_mask,
     masked_softmax,
     repeat_key_heads,
+    widened,
 )
 from reattend.attention.method import AttentionMethod, check_count, per_sequence
 
@@ -100,8 +101,8 @@ class ACT(AttentionMethod):
                 threshold=self.threshold,
                 min_rows=self.min_rows,
             )
-            values = repeat_key_heads(value, query.shape[1])[:, chosen]
-            output = calibrate(weights, found, self.beta).to(values.dtype) @ values
+            values = widened(repeat_key_heads(value, query.shape[1])[:, chosen])
+            output = (calibrate(weights, found, self.beta) @ values).to(value.dtype)
             # Nothing to calibrate: the fused kernel's own numbers, so that nothing changes at all.
             output = output.where(found.any(dim=-1)[..., None, None], dense[:, chosen])
             index = torch.tensor(chosen, device=query.device)
@@ -172,8 +173,7 @@ def attention_map(
     if heads is not None:
         query, key = query[:, heads], key[:, heads]
     # In half precision the non-sinks of a row could underflow together.
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores = scale * query.to(wide) @ key.to(wide).transpose(-2, -1)
+    scores = scale * widened(query) @ widened(key).transpose(-2, -1)
     return masked_softmax(scores, causal_token_mask(*scores.shape[-2:], device=scores.device))
 
 

@@ -31,9 +31,19 @@ from reattend.attention.dense import (
     dense_attention,
     masked_softmax,
     repeat_key_heads,
+    widened,
 )
 from reattend.attention.kv_selection import KVSelection, best_entries, group_heads
-from reattend.attention.method import AttentionMethod, check_count, per_sequence
+from reattend.attention.method import (
+    AttentionMethod,
+    Budget,
+    Phase,
+    budget_of,
+    check_budget,
+    check_count,
+    first_above,
+    per_sequence,
+)
 
 
 @dataclass
@@ -45,6 +55,7 @@ class RecycledCache:
         importance: what each entry was worth to the step before; ranks them for eviction.
         last_query: query of each sequence's last full step.
         full: whether the current step is a full one, for each sequence.
+        budget: K, entries that a recycle step reads.
         step: number of steps since the prompt.
     """
 
@@ -52,6 +63,7 @@ class RecycledCache:
     importance: Float[Tensor, "batch key_heads keys"]
     last_query: Float[Tensor, "batch query_heads 1 dim"]
     full: Bool[Tensor, " batch"]
+    budget: int
     step: int = 0
 
 
@@ -62,10 +74,12 @@ class RecycledAttention(KVSelection):
     it. With a threshold, layers and sequences decide about full steps apart from each other.
     """
 
+    looks_back = 1
+
     def __init__(
         self,
         *,
-        budget: int = 4096,
+        budget: Budget = 4096,
         stride: int | None = 50,
         threshold: float | None = None,
         sink: int = 1,
@@ -74,7 +88,7 @@ class RecycledAttention(KVSelection):
         """
         Args:
             budget: K, entries that a recycle step reads for each key head, the token's own among
-                them.
+                them; a float is a share of the prompt.
             stride: S, every how many steps there is a full one; None is never again after the
                 prompt. With a threshold: every how many steps the query is checked (QC).
             threshold: s, the check asks for a full step when the query's cosine similarity to that
@@ -89,7 +103,7 @@ class RecycledAttention(KVSelection):
         """
         super().__init__()
         self.sink = check_count("sink", sink)
-        self.budget = check_count("budget", budget, at_least=sink + 1)
+        self.budget = check_budget("budget", budget, at_least=sink + 1)
         if stride is not None:
             check_count("stride", stride, at_least=1)
         elif threshold is not None:
@@ -97,6 +111,13 @@ class RecycledAttention(KVSelection):
         self.stride = stride
         self.threshold = threshold
         self.evict = evict
+
+    def saves_from(self, phase: Phase) -> int | None:
+        """Prompts that leave no room in the budget for a token of their own."""
+        above = first_above(self.budget, at_least=self.sink + 1)
+        if phase == "prefill" or above is None or (self.stride == 1 and self.threshold is None):
+            return None
+        return max(above - 1, 1)
 
     def importance(
         self, weights: Float[Tensor, "batch key_heads group keys"]
@@ -114,11 +135,13 @@ class RecycledAttention(KVSelection):
         """Selects by the attention of the prompt's last token."""
         weights = last_weights(query, key, 1, scale).squeeze(2)
         importance = self.importance(group_heads(weights, key.shape[1]))
+        budget = budget_of(self.budget, key.shape[2], at_least=self.sink + 1)
         return RecycledCache(
-            kept=most_important(importance, self.budget, self.sink),
+            kept=most_important(importance, budget, self.sink),
             importance=importance,
             last_query=query[:, :, -1:],
             full=torch.ones(len(query), dtype=torch.bool, device=query.device),
+            budget=budget,
         )
 
     def choose(
@@ -141,7 +164,7 @@ class RecycledAttention(KVSelection):
     ) -> None:
         """Selects anew after a full step."""
         state.importance = self.importance(weights)
-        selected = most_important(state.importance, self.budget, self.sink)
+        selected = most_important(state.importance, state.budget, self.sink)
         state.kept = torch.where(state.full[:, None, None], selected, state.kept)
 
     def _is_full(self, query: Tensor, state: RecycledCache) -> Bool[Tensor, " batch"]:
@@ -159,7 +182,7 @@ class RecycledAttention(KVSelection):
         scores = state.importance.clone()
         scores[..., -1] = torch.finfo(scores.dtype).max
         scores = scores.masked_fill(~state.kept, float("-inf"))
-        return most_important(scores, self.budget - 1, self.sink) & state.kept
+        return most_important(scores, state.budget - 1, self.sink) & state.kept
 
 
 class RefreshedStreaming(RecycledAttention):
@@ -252,7 +275,8 @@ def segment_mask(
     position = torch.arange(tokens, device=key.device)
     anchors = position[start::stride]
     causal = causal_token_mask(tokens, tokens, device=key.device)
-    scores = scale * (query[:, :, anchors] @ repeat_key_heads(key, query.shape[1]).mT)
+    repeated = widened(repeat_key_heads(key, query.shape[1]))
+    scores = scale * (widened(query[:, :, anchors]) @ repeated.mT)
     weights = masked_softmax(scores, causal[anchors])
     importance = group_heads(weights, key.shape[1]).mean(dim=2)
     selected = most_important(importance, budget, sink) & causal[anchors]
@@ -277,4 +301,4 @@ def query_similarity(
     other: Float[Tensor, "batch query_heads 1 dim"],
 ) -> Float[Tensor, " batch"]:
     """Cosine similarity of two tokens' queries, the mean over the heads of a layer."""
-    return F.cosine_similarity(query, other, dim=-1).mean(dim=(1, 2))
+    return F.cosine_similarity(widened(query), widened(other), dim=-1).mean(dim=(1, 2))

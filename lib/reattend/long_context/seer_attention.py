@@ -18,7 +18,8 @@ Blocks are those of `reattend.attention.blocks`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from reattend.attention.blocks import (
     pool_blocks,
     top_k_blocks,
 )
-from reattend.attention.dense import causal_token_mask, repeat_key_heads
+from reattend.attention.dense import causal_token_mask, repeat_key_heads, widened
 from reattend.attention.method import (
     AttentionMethod,
     BlockSparseMethod,
@@ -190,6 +191,23 @@ class AttentionGates(nn.Module):
             std * torch.randn(layers, mapped_heads, len(key_pooling) * dim, width)
         )
 
+    @classmethod
+    def for_model(cls, model: nn.Module, **settings) -> AttentionGates:
+        """Untrained gates that fit a transformers model of the Llama kind.
+
+        Args:
+            settings: of the constructor, besides the model's sizes and its rotary base.
+        """
+        config = model.config
+        heads = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            query_heads=heads,
+            key_heads=getattr(config, "num_key_value_heads", heads),
+            dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            **{"rotary_base": config.rope_parameters["rope_theta"], **settings},
+        )
+
     def pool_queries(
         self, query: Float[Tensor, "*batch tokens dim"], *, offset: int = 0
     ) -> Float[Tensor, "*batch rows channels"]:
@@ -260,7 +278,7 @@ def block_maximum_map(
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
         seen = repeated[:, :, :stop]
-        scores = scale * query[:, :, start:stop] @ seen.transpose(-2, -1)
+        scores = scale * widened(query[:, :, start:stop]) @ widened(seen).transpose(-2, -1)
         causal = causal_token_mask(stop - start, stop, device=query.device)
         scores = scores.masked_fill(~causal, float("-inf"))
         log_sum = scores.logsumexp(dim=-1, keepdim=True)
@@ -285,7 +303,7 @@ def streaming_block_maximum_map(
     maxima r of every tile are stored besides, and become exp(r - m) / l at the end (Section 3.3).
     """
     tokens = _whole_sequence(query, key)
-    repeated = repeat_key_heads(key, query.shape[1])
+    query, repeated = widened(query), widened(repeat_key_heads(key, query.shape[1]))
     maximum = query.new_full(query.shape[:3], float("-inf"))
     total = query.new_zeros(query.shape[:3])
     row_maxima = []
@@ -369,6 +387,14 @@ class Distillation(AttentionMethod):
         super().__init__()
         self.gates, self.inv_freq, self.rotary_scaling = gates, inv_freq, rotary_scaling
 
+    def prepare(self, model: nn.Module) -> None:
+        """Looks at the model's rotary embedding.
+
+        Raises:
+            ValueError: it is not undone by `unrotate`.
+        """
+        rotary_of(model).check(self.inv_freq, self.rotary_scaling)
+
     @torch.no_grad()
     def _collect(self, query: Tensor, key: Tensor, scale: float, layer: int) -> None:
         before = [unrotate(x, 0, self.inv_freq, self.rotary_scaling) for x in (query, key)]
@@ -441,7 +467,7 @@ def threshold_blocks(
     rows, columns = scores.shape[-2:]
     causal = causal_block_mask(rows, columns, device=scores.device)
     diagonal = forced_blocks(rows, columns, device=scores.device)
-    return ((scores.softmax(dim=-1) > threshold) & causal) | diagonal
+    return ((widened(scores).softmax(dim=-1) > threshold) & causal) | diagonal
 
 
 def unrotate(
@@ -450,16 +476,67 @@ def unrotate(
     inv_freq: Float[Tensor, " half_dim"],
     scaling: float = 1.0,
 ) -> Float[Tensor, "*batch tokens dim"]:
-    """Queries or keys as they were before the rotary embedding; the first stands at `offset`."""
+    """Queries or keys as they were before the rotary embedding; the first stands at `offset`.
+
+    In float32 at least.
+    """
     positions = torch.arange(offset, offset + x.shape[-2], device=x.device)
-    return rotate(x, positions, inv_freq, inverse=True) / scaling
+    return rotate(widened(x), positions, inv_freq, inverse=True) / scaling
+
+
+class Rotary(NamedTuple):
+    """The rotary embedding of a model, as its own code computes it."""
+
+    module: nn.Module
+    apply: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    inv_freq: Float[Tensor, " half_dim"]
+    scaling: float
+
+    def check(self, inv_freq: Float[Tensor, " half_dim"], scaling: float) -> None:
+        """Embeds a few vectors with the model's code and undoes it with `unrotate`.
+
+        Raises:
+            ValueError: other vectors come back: the embedding pairs neighbouring dimensions, covers
+                a part of the width only, or has other frequencies.
+        """
+        dim, device = 2 * len(inv_freq), inv_freq.device
+        before = torch.linspace(-1, 1, 5 * dim, device=device).sin().view(1, 1, 5, dim)
+        cosine, sine = self.module(before, torch.arange(3, 8, device=device)[None])
+        try:
+            after, _ = self.apply(before, before, cosine, sine)
+            gap = (unrotate(after, 3, inv_freq, scaling) - before).abs().max().item()
+        except (RuntimeError, ValueError) as error:  # another width
+            raise ValueError(_WRONG_ROTARY) from error
+        if not gap < 1e-3:
+            raise ValueError(_WRONG_ROTARY)
+
+
+_WRONG_ROTARY = (
+    "seer_attention has to undo the rotary embedding, which must be that of Llama (halves of the whole "
+    "width are paired, known frequencies); this model's is another: interleaved, partial or rescaled"
+)
+
+
+def rotary_of(model: nn.Module) -> Rotary:
+    """The rotary embedding of a transformers model.
+
+    Raises:
+        ValueError: it has none, or several kinds, or none that one function applies.
+    """
+    modules = [m for m in model.modules() if hasattr(m, "inv_freq") and hasattr(m, "forward")]
+    names = vars(sys.modules[type(modules[0]).__module__]) if modules else {}
+    apply = names.get("apply_rotary_pos_emb")
+    interleaved = getattr(model.config, "rope_interleave", False)
+    if len(modules) != 1 or apply is None or interleaved:
+        raise ValueError(_WRONG_ROTARY)
+    module = modules[0]
+    return Rotary(module, apply, module.inv_freq, getattr(module, "attention_scaling", 1.0))
 
 
 class SeerAttention(BlockSparseMethod):
     """Attention over the blocks that trained gates select, for any model with rotary embeddings.
 
-        settings = {"gates": gates, "inv_freq": model.model.rotary_emb.inv_freq, "density": 0.2}
-        with attach(model, "seer_attention", **settings) as method:
+        with attach(model, "seer_attention", gates=gates, density=0.2) as method:
             model.generate(**prompt)
 
     Gates want queries and keys before the rotary embedding, and methods get them after it. The
@@ -472,25 +549,26 @@ class SeerAttention(BlockSparseMethod):
         self,
         *,
         gates: AttentionGates,
-        inv_freq: Float[Tensor, " half_dim"],
+        inv_freq: Float[Tensor, " half_dim"] | None = None,
         density: float | None = None,
         k: int | None = None,
         threshold: float | None = None,
         dense_last: int = 0,
-        rotary_scaling: float = 1.0,
+        rotary_scaling: float | None = None,
         backend: Backend = "auto",
     ) -> None:
         """
         Args:
             gates: trained gates of all layers; their block size is the method's.
-            inv_freq: the model's rotary frequencies (`model.model.rotary_emb.inv_freq`).
+            inv_freq: the model's rotary frequencies; None is those of the model that the method is
+                attached to (`model.model.rotary_emb.inv_freq`).
             density: share of the causal triangle to aim at, see `blocks_per_row`.
             k: blocks of each row instead.
             threshold: least share of a row in the gate's map instead (the paper: 5e-4 to 2e-3).
             dense_last: query blocks at the end that see everything (an option of the official code,
                 where it is 2).
-            rotary_scaling: factor on the model's cosines and sines
-                (`model.model.rotary_emb.attention_scaling`), 1 except with YaRN.
+            rotary_scaling: factor on the model's cosines and sines, 1 except with YaRN; None is
+                that of the model (`model.model.rotary_emb.attention_scaling`).
             backend: see `reattend.attention.block_sparse.block_sparse_attention`.
 
         Raises:
@@ -505,7 +583,26 @@ class SeerAttention(BlockSparseMethod):
             raise ValueError(f"threshold must lie in [0, 1), got {threshold!r}")
         self.threshold = threshold
         self.dense_last = check_count("dense_last", dense_last)
-        self.gates, self.inv_freq, self.rotary_scaling = gates, inv_freq, rotary_scaling
+        self.gates = gates
+        self._given = inv_freq, rotary_scaling
+        self.inv_freq = inv_freq
+        self.rotary_scaling = 1.0 if rotary_scaling is None else rotary_scaling
+
+    def prepare(self, model: nn.Module) -> None:
+        """Takes the rotary frequencies from the model, where they were not given.
+
+        Raises:
+            ValueError: the model's rotary embedding is not undone by `unrotate`.
+        """
+        rotary = rotary_of(model)
+        frequencies, scaling = self._given
+        self.inv_freq = rotary.inv_freq if frequencies is None else frequencies
+        self.rotary_scaling = rotary.scaling if scaling is None else scaling
+        rotary.check(self.inv_freq, self.rotary_scaling)
+
+    def fewest_blocks(self) -> int | None:
+        """With a budget of blocks, one more; with shares and thresholds any second block."""
+        return 2 + self.dense_last if self.k is None else self.k + 1 + self.dense_last
 
     @torch.no_grad()
     def select(

@@ -29,8 +29,13 @@ from reattend.attention.blocks import diagonal_sums
 from reattend.attention.dense import masked_sdpa
 from reattend.attention.method import (
     AttentionMethod,
+    Budget,
+    Phase,
+    budget_of,
+    check_budget,
     check_count,
     check_share,
+    first_above,
     per_sequence,
 )
 
@@ -55,6 +60,14 @@ class LineMethod(AttentionMethod, ABC):
         self.last_queries = check_count("last_queries", last_queries, at_least=1)
         self.sink = check_count("sink", sink)
         self.local = check_count("local", local, at_least=1)
+
+    @abstractmethod
+    def least_lines(self) -> Budget:
+        """Columns, and diagonals, that are kept in any case: of a prompt of no attention at all."""
+
+    def saves_from(self, phase: Phase) -> int | None:
+        """Prompts of more tokens than lines that are kept; decoding is dense."""
+        return None if phase == "decode" else first_above(self.least_lines())
 
     @abstractmethod
     def budget(
@@ -113,22 +126,27 @@ class VerticalSlashTokens(LineMethod):
     """Vertical-Slash: as many columns as diagonals, the same number in every head."""
 
     def __init__(
-        self, *, lines: int = 1024, last_queries: int = 256, sink: int = 4, local: int = 64
+        self, *, lines: Budget = 1024, last_queries: int = 256, sink: int = 4, local: int = 64
     ) -> None:
         """
         Args:
-            lines: columns, and diagonals, of each head (k_v = k_s), the forced ones among them.
+            lines: columns, and diagonals, of each head (k_v = k_s), the forced ones among them; a
+                float is a share of the keys.
 
         Raises:
             ValueError: a setting out of range, or fewer lines than are forced.
         """
         super().__init__(last_queries=last_queries, sink=sink, local=local)
-        self.kept = check_count("lines", lines, at_least=max(sink, local))
+        self.kept = check_budget("lines", lines, at_least=max(sink, local))
+
+    def least_lines(self) -> Budget:
+        return self.kept
 
     def budget(
         self, mass: Float[Tensor, "batch heads keys"], forced: int
     ) -> Int[Tensor, "#batch #heads"]:
-        return torch.full((1, 1), self.kept, device=mass.device)
+        kept = budget_of(self.kept, mass.shape[-1], at_least=forced)
+        return torch.full((1, 1), kept, device=mass.device)
 
 
 class FlexVerticalSlash(LineMethod):
@@ -154,6 +172,9 @@ class FlexVerticalSlash(LineMethod):
         super().__init__(last_queries=last_queries, sink=sink, local=local)
         self.coverage = check_share("coverage", coverage)
         self.least = check_count("least", least)
+
+    def least_lines(self) -> Budget:
+        return max(self.least, self.sink, self.local)
 
     def budget(
         self, mass: Float[Tensor, "batch heads keys"], forced: int

@@ -19,7 +19,15 @@ from reattend.attention.blocks import (
     top_k_blocks,
 )
 from reattend.attention.dense import dense_attention, repeat_key_heads
-from reattend.attention.method import BlockSparseMethod, check_count, check_share
+from reattend.attention.method import (
+    BlockSparseMethod,
+    Budget,
+    budget_of,
+    check_budget,
+    check_count,
+    check_share,
+    first_above,
+)
 from reattend.attention.statistics import block_mass
 
 # Rows of attention weights that the oracle holds at once, in tokens.
@@ -32,7 +40,7 @@ class BlockTopK(BlockSparseMethod):
     def __init__(
         self,
         *,
-        k: int = 16,
+        k: Budget = 16,
         sink: int = 1,
         local: int = 0,
         block_size: int = 64,
@@ -40,14 +48,19 @@ class BlockTopK(BlockSparseMethod):
     ) -> None:
         """
         Args:
-            k: blocks of each row, the forced ones among them.
+            k: blocks of each row, the forced ones among them; a float is a share of the key blocks.
             sink: blocks at the start of the sequence that are forced, like the diagonal block.
             local: blocks before the diagonal one that are forced.
         """
         super().__init__(block_size=block_size, backend=backend)
-        self.k = check_count("k", k, at_least=1)
+        self.k = check_budget("k", k, at_least=1)
         self.sink = check_count("sink", sink)
         self.local = check_count("local", local)
+
+    def fewest_blocks(self) -> int | None:
+        above = first_above(self.k)
+        # Sinks, the diagonal block and those before it are read in any case.
+        return above and max(2, above, self.sink + self.local + 2)
 
     def select(
         self,
@@ -58,20 +71,22 @@ class BlockTopK(BlockSparseMethod):
         layer: int,
     ) -> Bool[Tensor, "batch query_heads query_blocks key_blocks"]:
         scores = pooled_scores(query, key, self.block_size, scale)
-        return top_k_blocks(scores, self.k, sink=self.sink, local=self.local)
+        k = budget_of(self.k, scores.shape[-1])
+        return top_k_blocks(scores, k, sink=self.sink, local=self.local)
 
 
 class OracleTopK(BlockSparseMethod):
     """Blocks chosen by the mass they really hold: the best any choice of equal size can cover.
 
-    Computes the dense weights, so it saves nothing; it is an upper bound, not a method. Give a
-    fixed budget `k` per row, or the share `mass` of each row's attention to cover.
+    Computes the dense weights, so it saves nothing; it is an upper bound, not a method. A fixed
+    budget `k` per row, or the share `mass` of each row's attention to cover; 16 blocks where
+    neither is given.
     """
 
     def __init__(
         self,
         *,
-        k: int | None = None,
+        k: Budget | None = None,
         mass: float | None = None,
         sink: int = 1,
         block_size: int = 64,
@@ -79,19 +94,24 @@ class OracleTopK(BlockSparseMethod):
     ) -> None:
         """
         Args:
-            k: blocks of each row, the forced ones among them.
+            k: blocks of each row, the forced ones among them; a float is a share of the key blocks.
             mass: share of the attention mass of each row of blocks to cover, in (0, 1].
             sink: blocks at the start of the sequence that are forced, like the diagonal block.
 
         Raises:
-            ValueError: not exactly one of `k` and `mass` is given.
+            ValueError: both `k` and `mass` are given, or one has a wrong value.
         """
         super().__init__(block_size=block_size, backend=backend)
-        if (k is None) == (mass is None):
+        if k is not None and mass is not None:
             raise ValueError("OracleTopK takes either k or mass")
-        self.k = None if k is None else check_count("k", k, at_least=1)
+        k = 16 if k is None and mass is None else k
+        self.k = None if k is None else check_budget("k", k, at_least=1)
         self.mass = None if mass is None else check_share("mass", mass)
         self.sink = check_count("sink", sink)
+
+    def fewest_blocks(self) -> int | None:
+        above = 2 if self.k is None else first_above(self.k)
+        return None if self.mass == 1.0 else above and max(2, above, self.sink + 2)
 
     def select(
         self,
@@ -103,7 +123,7 @@ class OracleTopK(BlockSparseMethod):
     ) -> Bool[Tensor, "batch query_heads query_blocks key_blocks"]:
         mass = exact_block_mass(query, key, self.block_size, scale)
         if self.k is not None:
-            return top_k_blocks(mass, self.k, sink=self.sink)
+            return top_k_blocks(mass, budget_of(self.k, mass.shape[-1]), sink=self.sink)
         # The softmax of the logarithm gives the shares of each row back.
         return cumulative_mass_blocks(mass.log(), self.mass, sink=self.sink, diagonal=True)
 

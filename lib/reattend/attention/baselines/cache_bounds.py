@@ -6,7 +6,14 @@ from torch import Tensor
 
 from reattend.attention.dense import dense_attention
 from reattend.attention.kv_selection import KVSelection, best_entries, group_heads
-from reattend.attention.method import check_count
+from reattend.attention.method import (
+    Budget,
+    Phase,
+    budget_of,
+    check_budget,
+    check_count,
+    first_above,
+)
 
 
 class StreamingCache(KVSelection):
@@ -17,10 +24,11 @@ class StreamingCache(KVSelection):
     compacted ones.
     """
 
-    def __init__(self, *, budget: int = 1024, sink: int = 4) -> None:
+    def __init__(self, *, budget: Budget = 1024, sink: int = 4) -> None:
         """
         Args:
-            budget: entries read for each token, sinks and the token's own among them.
+            budget: entries read for each token, sinks and the token's own among them; a float is a
+                share of the prompt.
             sink: entries at the start of the sequence.
 
         Raises:
@@ -28,19 +36,37 @@ class StreamingCache(KVSelection):
         """
         super().__init__()
         self.sink = check_count("sink", sink)
-        self.budget = check_count("budget", budget, at_least=sink + 1)
+        self.budget = check_budget("budget", budget, at_least=sink + 1)
+
+    def saves_from(self, phase: Phase) -> int | None:
+        """Prompts that leave no room in the budget for a token of their own."""
+        above = first_above(self.budget, at_least=self.sink + 1)
+        return None if phase == "prefill" or above is None else max(above - 1, 1)
+
+    def begin(
+        self,
+        query: Float[Tensor, "batch query_heads queries dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        *,
+        scale: float,
+    ) -> int:
+        """Entries read for each token."""
+        return budget_of(self.budget, key.shape[2], at_least=self.sink + 1)
+
+    def rewound(self, state: int, keys: int) -> int:
+        return state
 
     def choose(
         self,
         query: Float[Tensor, "batch query_heads 1 dim"],
         key: Float[Tensor, "batch key_heads keys dim"],
-        state: None,
+        state: int,
         *,
         scale: float,
     ) -> Bool[Tensor, "batch key_heads keys"]:
         keys = key.shape[2]
         position = torch.arange(keys, device=key.device)
-        chosen = (position < self.sink) | (position >= keys - self.budget + self.sink)
+        chosen = (position < self.sink) | (position >= keys - state + self.sink)
         return chosen.expand(key.shape[0], key.shape[1], -1)
 
 
@@ -50,13 +76,19 @@ class OracleCache(KVSelection):
     Scores every key to choose, so it is an upper bound, not a method.
     """
 
-    def __init__(self, *, budget: int = 1024) -> None:
+    def __init__(self, *, budget: Budget = 1024) -> None:
         """
         Args:
-            budget: entries read for each token; per key head, by the mean weight over its group.
+            budget: entries read for each token; per key head, by the mean weight over its group. A
+                float is a share of the cache as it stands.
         """
         super().__init__()
-        self.budget = check_count("budget", budget, at_least=1)
+        self.budget = check_budget("budget", budget, at_least=1)
+
+    def saves_from(self, phase: Phase) -> int | None:
+        """Prompts that leave no room in the budget for a token of their own."""
+        above = first_above(self.budget)
+        return None if phase == "prefill" or above is None else max(above - 1, 1)
 
     def choose(
         self,
@@ -67,7 +99,8 @@ class OracleCache(KVSelection):
         scale: float,
     ) -> Bool[Tensor, "batch key_heads keys"]:
         _, weights = dense_attention(query, key, key, scale=scale, return_weights=True)
-        return best_entries(group_heads(weights, key.shape[1]).mean(dim=2).squeeze(2), self.budget)
+        mean = group_heads(weights, key.shape[1]).mean(dim=2).squeeze(2)
+        return best_entries(mean, budget_of(self.budget, key.shape[2]))
 
     def reads_to_choose(self, keys: int) -> float:
         """Every key, without its value."""

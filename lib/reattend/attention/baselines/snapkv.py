@@ -13,7 +13,15 @@ from torch import Tensor
 
 from reattend.attention.baselines.vertical_slash import last_weights
 from reattend.attention.kv_selection import KVSelection, best_entries, group_heads
-from reattend.attention.method import check_count, check_share
+from reattend.attention.method import (
+    Budget,
+    Phase,
+    budget_of,
+    check_budget,
+    check_count,
+    check_share,
+    first_above,
+)
 
 
 class SnapKV(KVSelection):
@@ -22,7 +30,7 @@ class SnapKV(KVSelection):
     def __init__(
         self,
         *,
-        capacity: int = 1024,
+        capacity: Budget = 1024,
         window: int = 256,
         kernel: int = 21,
         recent: int = 128,
@@ -30,7 +38,7 @@ class SnapKV(KVSelection):
     ) -> None:
         """
         Args:
-            capacity: entries of the prompt that each key head keeps.
+            capacity: entries of the prompt that each key head keeps; a float is a share of it.
             window: queries at the end of the prompt whose attention scores the entries.
             kernel: entries that the smoothing averages over; odd.
             recent: entries at the end of the prompt that are always kept.
@@ -46,7 +54,14 @@ class SnapKV(KVSelection):
             raise ValueError(f"kernel must be odd, got {kernel}")
         self.recent = check_count("recent", recent)
         self.sink = check_count("sink", sink)
-        self.capacity = check_count("capacity", capacity, at_least=max(recent + sink, 1))
+        self.capacity = check_budget("capacity", capacity, at_least=max(recent + sink, 1))
+        self.looks_back = window
+
+    def saves_from(self, phase: Phase) -> int | None:
+        """Prompts longer than the capacity."""
+        if phase == "prefill":
+            return None
+        return first_above(self.capacity, at_least=max(self.recent + self.sink, 1))
 
     def begin(
         self,
@@ -70,7 +85,7 @@ class SnapKV(KVSelection):
         self, scores: Float[Tensor, "batch key_heads keys"]
     ) -> Bool[Tensor, "batch key_heads keys"]:
         """The best `capacity` entries of each head."""
-        return best_entries(scores, self.capacity)
+        return best_entries(scores, self._capacity(scores.shape[-1]))
 
     def choose(
         self,
@@ -81,6 +96,16 @@ class SnapKV(KVSelection):
         scale: float,
     ) -> Bool[Tensor, "batch key_heads keys"]:
         return F.pad(state, (0, key.shape[2] - state.shape[-1]), value=True)
+
+    def rewound(
+        self, state: Bool[Tensor, "batch key_heads prompt"], keys: int
+    ) -> Bool[Tensor, "batch key_heads prompt"]:
+        """As it is: every entry behind the prompt is kept."""
+        return state if keys >= state.shape[-1] else super().rewound(state, keys)
+
+    def _capacity(self, prompt: int) -> int:
+        """Entries kept of a prompt."""
+        return budget_of(self.capacity, prompt, at_least=max(self.recent + self.sink, 1))
 
     def _smoothed(self, scores: Tensor) -> Tensor:
         return F.avg_pool1d(scores, self.kernel, stride=1, padding=self.kernel // 2)
@@ -101,7 +126,7 @@ class AdaSnapKV(SnapKV):
     def __init__(
         self,
         *,
-        capacity: int = 1024,
+        capacity: Budget = 1024,
         least_share: float = 0.2,
         window: int = 256,
         kernel: int = 21,
@@ -110,7 +135,8 @@ class AdaSnapKV(SnapKV):
     ) -> None:
         """
         Args:
-            capacity: entries of the prompt that a key head keeps on average.
+            capacity: entries of the prompt that a key head keeps on average; a float is a share of
+                it.
             least_share: share of `capacity` that every head keeps in any case, in (0, 1]; never
                 less than the forced entries.
         """
@@ -127,7 +153,8 @@ class AdaSnapKV(SnapKV):
         self, scores: Float[Tensor, "batch key_heads keys"]
     ) -> Bool[Tensor, "batch key_heads keys"]:
         """Each head's own minimum, then the best entries of all heads, `capacity` a head in all."""
-        least = max(round(self.least_share * self.capacity), self.recent + self.sink)
+        capacity = self._capacity(scores.shape[-1])
+        least = max(round(self.least_share * capacity), self.recent + self.sink)
         own = best_entries(scores, least)
         ranked = scores.masked_fill(own, float("inf")).flatten(1)
-        return best_entries(ranked, self.capacity * scores.shape[1]).view_as(scores)
+        return best_entries(ranked, capacity * scores.shape[1]).view_as(scores)

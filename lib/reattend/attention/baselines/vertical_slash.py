@@ -15,7 +15,14 @@ from torch import Tensor
 from reattend.attention.block_sparse import Backend
 from reattend.attention.blocks import diagonal_sums, query_block_count
 from reattend.attention.dense import dense_attention
-from reattend.attention.method import BlockSparseMethod, check_count
+from reattend.attention.method import (
+    BlockSparseMethod,
+    Budget,
+    budget_of,
+    check_budget,
+    check_count,
+    first_above,
+)
 
 
 class VerticalSlash(BlockSparseMethod):
@@ -24,22 +31,28 @@ class VerticalSlash(BlockSparseMethod):
     def __init__(
         self,
         *,
-        verticals: int = 8,
-        slashes: int = 8,
+        verticals: Budget = 8,
+        slashes: Budget = 8,
         last_queries: int = 64,
         block_size: int = 64,
         backend: Backend = "auto",
     ) -> None:
         """
         Args:
-            verticals: block columns of each head, the sink column among them.
-            slashes: block diagonals of each head, the main diagonal among them.
+            verticals: block columns of each head, the sink column among them; a float is a share of
+                all columns.
+            slashes: block diagonals of each head, the main diagonal among them; or a share.
             last_queries: queries at the end of the prompt that estimate the pattern.
         """
         super().__init__(block_size=block_size, backend=backend)
-        self.verticals = check_count("verticals", verticals, at_least=1)
-        self.slashes = check_count("slashes", slashes, at_least=1)
+        self.verticals = check_budget("verticals", verticals, at_least=1)
+        self.slashes = check_budget("slashes", slashes, at_least=1)
         self.last_queries = check_count("last_queries", last_queries, at_least=1)
+
+    def fewest_blocks(self) -> int | None:
+        """One column and one diagonal must be left, which cross inside the triangle."""
+        above = [first_above(budget) for budget in (self.verticals, self.slashes)]
+        return None if None in above else max(3, *above)
 
     def select(
         self,
@@ -52,8 +65,8 @@ class VerticalSlash(BlockSparseMethod):
         weights = last_weights(query, key, self.last_queries, scale)
         vertical, slash = vertical_slash_mass(weights, self.block_size)
         return vertical_slash_blocks(
-            _best(vertical, self.verticals),
-            _best(slash, self.slashes),
+            _best(vertical, budget_of(self.verticals, vertical.shape[-1])),
+            _best(slash, budget_of(self.slashes, slash.shape[-1])),
             query_block_count(query.shape[2], key.shape[2], self.block_size),
         )
 
