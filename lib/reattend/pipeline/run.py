@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -11,13 +12,13 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from reattend.fingerprints import paper_fingerprint
 from reattend.locks import Busy, locked
 from reattend.parameters import ParameterError, Parameters, profile_values, resolve
 from reattend.pipeline.errors import CommandError
 from reattend.pipeline.judge import judge_paper, write_verdicts
 from reattend.pipeline.needs import provide
 from reattend.pipeline.notebooks import Notebook, running_cell, tidy
+from reattend.pipeline.provenance import fingerprint
 from reattend.project import results_directory, study_directory
 from reattend.records import load_record, record_paths
 
@@ -51,14 +52,15 @@ def run(root: Path, slug: str, profile: str, overrides: dict) -> Path:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
             provide(record, profile)
-            inputs = _inputs(root, notebook, slug, profile)
+            inputs = fingerprint(root, notebook.path, profile)
             try:
                 execute(notebook, executed, profile, overrides, scratch, timeout)
                 _check_complete(scratch, notebook)
-                if _inputs(root, notebook, slug, profile) != inputs:
+                if fingerprint(root, notebook.path, profile) != inputs:
                     raise CommandError(
                         f"{slug}: its code or parameters were edited while it ran; run it again"
                     )
+                _stamp(scratch / "run.json", inputs)
                 replace_directory(scratch, target)
                 if not overrides:
                     write_verdicts(root, record, judge_paper(root, record))
@@ -211,9 +213,10 @@ def _record_path(root: Path, slug: str) -> Path:
     return papers[slug]
 
 
-def _inputs(root: Path, notebook: Notebook, slug: str, profile: str) -> tuple[dict, dict]:
-    """What the results will be said to follow from."""
-    return paper_fingerprint(notebook.path), profile_values(root, slug, profile)
+def _stamp(path: Path, inputs: dict[str, str]) -> None:
+    """Say in run.json what the results follow from; nothing else of the file changes."""
+    text = path.read_text(encoding="utf8")
+    path.write_text(f'{{\n "fingerprint": {json.dumps(inputs)},{text[1:]}', encoding="utf8")
 
 
 def _check_complete(out: Path, notebook: Notebook) -> None:
