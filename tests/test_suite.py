@@ -46,7 +46,7 @@ def test_committed_results_belong_to_the_committed_code(root, tmp_path, monkeypa
     monkeypatch.chdir(root)
     lock = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
     stale = []
-    for name in ("notebooks", "lib", "params.yaml"):
+    for name in ("notebooks", "lib", "params.yaml", "constraints.txt"):
         (tmp_path / name).symlink_to(root / name)
     write_fingerprints(tmp_path)
     for slug in record_paths(root):

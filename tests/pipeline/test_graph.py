@@ -140,7 +140,7 @@ def test_compare_names_bad_revisions(checkout):
     assert (done.returncode, "no Git revision 'nowhere'" in done.stderr) == (2, True)
 
 
-def test_a_changed_catalogue_entry_fetches_its_asset_again(tmp_path):
+def test_a_catalogue_entry_described_in_other_words_reruns_nothing(tmp_path):
     own = Checkout(tmp_path / "own", ["toy"])
     own.write_paper("toy", needs={"assets": ["needles"]})
     own.reattend("sync", check=True)
@@ -150,5 +150,9 @@ def test_a_changed_catalogue_entry_fetches_its_asset_again(tmp_path):
     entries = yaml.safe_load(catalogue.read_text())
     entries["needles"]["about"] = "the same"
     catalogue.write_text(yaml.safe_dump(entries))
-    # Another description, the same files: the paper has nothing new to go by.
-    assert ran(own.dvc("repro", check=True).stdout) == {"fingerprint", "fetch-needles"}
+    assert ran(own.dvc("repro", check=True).stdout) == {"fingerprint"}
+    entries["needles"]["version"] = "0"
+    catalogue.write_text(yaml.safe_dump(entries))
+    own.reattend("fingerprint", check=True)
+    stale = ran(own.dvc("repro", "--dry", check=True).stdout)
+    assert {"fetch-needles", "replicate-toy"} <= stale

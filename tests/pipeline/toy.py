@@ -110,7 +110,8 @@ class Checkout:
         (root / "lib").mkdir()
         # The real library under a path of its own, so that tests may edit it.
         subprocess.run(["cp", "-r", ROOT / "lib" / "reattend", root / "lib"], check=True)
-        (root / ".dvcignore").write_text((ROOT / ".dvcignore").read_text())
+        for name in ("constraints.txt", ".dvcignore"):
+            (root / name).write_text((ROOT / name).read_text())
         # Smoke is quick, so these tests commit its results, which the suite ignores.
         ignored = (ROOT / ".gitignore").read_text().replace("/figures/*/*/smoke/\n", "")
         (root / ".gitignore").write_text(ignored)

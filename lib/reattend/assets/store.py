@@ -87,6 +87,17 @@ def find(name: str) -> Asset:
     return known[name]
 
 
+def pinned(name: str) -> dict:
+    """What decides the content of an asset: package, version, and the hashes of its files.
+
+    Raises:
+        AssetError: for an unknown name.
+    """
+    asset = find(name)
+    files = {member.path: member.sha256 for member in asset.members}
+    return {"package": asset.package, "version": asset.version, "files": files}
+
+
 def cache_directory() -> Path:
     """Where this user's assets and backbones are kept, shared by all clones."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -2,8 +2,8 @@
 
 A backbone is made by `build(target, profile)` of its module `reattend.backbones.<room>.<name>` from assets;
 its room is `pretrained` (weights out of packages) or `trained` (trained here).
-It is kept in the user's cache under a key made of its recipe: the syntax trees of the module and what
-it imports, the hashes of its assets, and the profile where the profile matters. Clones share it, and a
+It is kept in the user's cache under a key made of its recipe: the definitions that `build` uses,
+the hashes of its assets, and the profile where the profile matters. Clones share it, and a
 changed recipe makes a new one.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from reattend.assets.store import AssetError, asset_path, cache_directory, fetch, find
+from reattend.assets.store import AssetError, asset_path, cache_directory, fetch, pinned
 from reattend.fingerprints import digest, module_fingerprint
 from reattend.locks import locked
 from reattend.project import load_yaml
@@ -69,16 +69,25 @@ def find_backbone(name: str) -> Backbone:
     return known[name]
 
 
-def recipe(name: str, profile: str) -> dict:
-    """Everything the built files depend on; the same on every machine."""
+def made_from(name: str) -> dict:
+    """The code and the assets that a backbone is made from; the same in every profile and machine."""
     entry = find_backbone(name)
     return {
-        "backbone": name,
-        "profile": profile if entry.profiles else "any",
-        "modules": module_fingerprint(entry.module),
-        "assets": {a: [m.sha256 for m in find(a).members] for a in entry.assets},
-        "backbones": {b: recipe(b, profile) for b in entry.backbones},
+        "code": module_fingerprint(entry.module),
+        "assets": {asset: pinned(asset)["files"] for asset in entry.assets},
+        "backbones": {other: made_from(other) for other in entry.backbones},
     }
+
+
+def recipe(name: str, profile: str) -> dict:
+    """Everything the built files depend on; the same on every machine."""
+    which = profile if _varies(name) else "any"
+    return {"backbone": name, "profile": which, **made_from(name)}
+
+
+def _varies(name: str) -> bool:
+    entry = find_backbone(name)
+    return entry.profiles or any(map(_varies, entry.backbones))
 
 
 def backbone_path(name: str, profile: str = "cpu") -> Path:

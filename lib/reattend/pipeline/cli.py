@@ -176,9 +176,25 @@ def _root() -> Path:
     from reattend.project import find_root
 
     try:
-        return find_root()
+        root = find_root()
     except FileNotFoundError as error:
         raise CommandError(str(error), exit_code=2) from None
+    _check_library(root)
+    return root
+
+
+def _check_library(root: Path) -> None:
+    """Refuse to work in one clone with the library of another: results would name code that did not run."""
+    from reattend.fingerprints import LIBRARY
+    from reattend.pipeline.errors import CommandError
+
+    own = root / "lib" / "reattend"
+    if own.is_dir() and own.resolve() != LIBRARY.resolve():
+        raise CommandError(
+            f"this environment holds the library of another clone ({LIBRARY}); "
+            f"run `pip install -e .` here, or set PYTHONPATH={own.parent}",
+            exit_code=2,
+        )
 
 
 def _profile(root: Path, given: str | None) -> str:

@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from reattend.assets.store import find
-from reattend.backbones.store import find_backbone, recipe
-from reattend.fingerprints import digest, module_fingerprint, paper_fingerprint
+from reattend.assets.store import find, pinned
+from reattend.backbones.store import made_from, recipe
+from reattend.fingerprints import digest
 from reattend.parameters import load_params
 from reattend.pipeline.graph import (
     FINGERPRINTS,
@@ -18,7 +18,7 @@ from reattend.pipeline.graph import (
     needed_backbones,
     read_records,
 )
-from reattend.records import record_paths
+from reattend.pipeline.provenance import all_papers
 
 
 def write_fingerprints(root: Path) -> None:
@@ -27,27 +27,14 @@ def write_fingerprints(root: Path) -> None:
     A paper that cannot be read gets a fingerprint that says so: running it tells what is wrong, and
     the others go on. Missing manifests are written as well (see `complete_manifests`).
     """
-    params = load_params(root)
-    for slug, path in record_paths(root).items():
-        write_json(root / FINGERPRINTS / "papers" / f"{slug}.json", _paper(path, params))
+    for slug, fingerprint in all_papers(root).items():
+        write_json(root / FINGERPRINTS / "papers" / f"{slug}.json", fingerprint)
     records = read_records(root)[0].values()
     for name in {name for record in records for name in needed_assets(record)}:
-        fingerprint = find(name).model_dump(mode="json")
-        write_json(root / FINGERPRINTS / "assets" / f"{name}.json", fingerprint)
+        write_json(root / FINGERPRINTS / "assets" / f"{name}.json", pinned(name))
     for name in {name for record in records for name in needed_backbones(record)}:
-        fingerprint = module_fingerprint(find_backbone(name).module)
-        write_json(root / FINGERPRINTS / "backbones" / f"{name}.json", fingerprint)
-    complete_manifests(root, params["profile"])
-
-
-def _paper(record_path: Path, params: dict) -> dict:
-    try:
-        fingerprint = paper_fingerprint(record_path.with_suffix(".ipynb"))
-    except Exception as error:  # whatever is wrong with it, the other papers have theirs
-        return {"unusable": f"{type(error).__name__}: {error}"}
-    # A paper without values is told so when it is run.
-    values = params["papers"].get(record_path.stem, {}).get(params["profile"])
-    return fingerprint | {"parameters": values}
+        write_json(root / FINGERPRINTS / "backbones" / f"{name}.json", made_from(name))
+    complete_manifests(root, load_params(root)["profile"])
 
 
 def complete_manifests(root: Path, profile: str) -> None:

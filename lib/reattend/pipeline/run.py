@@ -13,7 +13,6 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from reattend.fingerprints import paper_fingerprint
 from reattend.locks import Busy, locked
 from reattend.parameters import ParameterError, Parameters, profile_values, resolve
 from reattend.pipeline.errors import CommandError
@@ -22,6 +21,7 @@ from reattend.pipeline.isolation import isolation
 from reattend.pipeline.judge import judge_paper, write_verdicts
 from reattend.pipeline.needs import provide
 from reattend.pipeline.notebooks import Notebook, running_cell, tidy
+from reattend.pipeline.provenance import fingerprint
 from reattend.project import FileError, read_json, results_directory, study_directory
 from reattend.records import Record, load_record, record_paths
 
@@ -56,12 +56,13 @@ def run(root: Path, slug: str, profile: str, overrides: dict) -> Path:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
             provide(record, profile)
-            inputs = _inputs(root, notebook, slug, profile)
+            inputs = fingerprint(root, notebook.path, profile)
             try:
                 execute(notebook, executed, profile, overrides, scratch, timeout)
                 _check_results(scratch, notebook, slug, profile, parameters)
                 try:
-                    _check_unedited(slug, inputs, _inputs(root, notebook, slug, profile))
+                    _check_unedited(slug, inputs, fingerprint(root, notebook.path, profile))
+                    _stamp(scratch / "run.json", inputs)
                     replace_directory(scratch, target)
                 except (CommandError, FileError, OSError) as error:
                     raise _kept(root, scratch, error) from None
@@ -264,9 +265,10 @@ def _record_path(root: Path, slug: str) -> Path:
     return papers[slug]
 
 
-def _inputs(root: Path, notebook: Notebook, slug: str, profile: str) -> tuple[dict, dict]:
-    """What the results will be said to follow from."""
-    return paper_fingerprint(notebook.path), profile_values(root, slug, profile)
+def _stamp(path: Path, inputs: dict[str, str]) -> None:
+    """Say in run.json what the results follow from; nothing else of the file changes."""
+    text = path.read_text(encoding="utf8")
+    path.write_text(f'{{\n "fingerprint": {json.dumps(inputs)},{text[1:]}', encoding="utf8")
 
 
 def _check_results(
@@ -292,7 +294,7 @@ def _check_results(
             )
 
 
-def _check_unedited(slug: str, before: tuple, after: tuple) -> None:
+def _check_unedited(slug: str, before: dict, after: dict) -> None:
     if before != after:
         raise CommandError(f"{slug}: its code or parameters were edited while it ran; run it again")
 

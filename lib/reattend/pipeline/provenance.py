@@ -1,0 +1,57 @@
+"""What a paper's results depend on, all together, and the two hashes of it that run.json keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reattend.assets.store import pinned
+from reattend.backbones.store import made_from
+from reattend.fingerprints import ANALYSES, code_fingerprint, digest, pinned_versions
+from reattend.parameters import load_params, profile_values
+from reattend.project import load_yaml
+from reattend.records import record_paths
+
+ANALYSED = "build/syntax.json"  # saves analysing what has not changed
+
+
+def paper_code(root: Path, notebook: Path) -> dict:
+    """All that a paper's results depend on but its parameters: code, record, assets, backbones, versions.
+
+    The record must be valid.
+    """
+    record = load_yaml(notebook.with_suffix(".yaml").read_text(encoding="utf8"))
+    needs = record.get("needs", {})
+    return code_fingerprint(notebook, record) | {
+        "assets": {name: pinned(name) for name in needs.get("assets", [])},
+        "backbones": {name: digest(made_from(name)) for name in needs.get("backbones", [])},
+        "versions": pinned_versions(root),
+    }
+
+
+def all_papers(root: Path) -> dict[str, dict]:
+    """`paper_code` of every paper, and its parameters at the profile of params.yaml.
+
+    A paper that cannot be read gets a fingerprint that says so: running it tells what is wrong, and
+    the others go on.
+    """
+    ANALYSES.load(root / ANALYSED)
+    params = load_params(root)
+    found = {}
+    for slug, path in record_paths(root).items():
+        # A paper without values is told so when it is run.
+        values = params["papers"].get(slug, {}).get(params["profile"])
+        try:
+            found[slug] = paper_code(root, path.with_suffix(".ipynb")) | {"parameters": values}
+        except Exception as error:  # whatever is wrong with it, the other papers have theirs
+            found[slug] = {"unusable": f"{type(error).__name__}: {error}"}
+    ANALYSES.save(root / ANALYSED)
+    return found
+
+
+def fingerprint(root: Path, notebook: Path, profile: str) -> dict[str, str]:
+    """What run.json keeps: a hash of `paper_code`, and one of the profile's parameters."""
+    ANALYSES.load(root / ANALYSED)
+    return {
+        "code": digest(paper_code(root, notebook)),
+        "parameters": digest(profile_values(root, notebook.stem, profile)),
+    }
