@@ -15,11 +15,10 @@ import os
 import platform
 from pathlib import Path
 
-from reattend.assets.store import find
-from reattend.backbones.store import recipe
-from reattend.fingerprints import digest, paper_fingerprint
+from reattend.fingerprints import LIBRARY, NO_RESULT, definitions, digest
 from reattend.parameters import profile_values
-from reattend.pipeline.graph import load_records, needed_assets
+from reattend.pipeline.graph import load_records
+from reattend.pipeline.provenance import paper_code
 from reattend.records import Record, record_paths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,17 +39,26 @@ def own_files(root: Path, record: Record) -> list[Path]:
     ]
 
 
+def library_files(root: Path, record: Record, code: dict) -> list[Path]:
+    """Modules that a paper's notebook and tests use, whole: tests look at messages too."""
+    test = own_files(root, record)[1].read_text(encoding="utf8")
+    used = {*code["definitions"], *definitions([test])["definitions"]}
+    used |= {name.partition(":")[0] for name in NO_RESULT}
+    bases = [LIBRARY.joinpath(*name.split(".")[1:]) for name in sorted(used)]
+    return [base / "__init__.py" if base.is_dir() else base.with_suffix(".py") for base in bases]
+
+
 def key(root: Path, record: Record) -> str:
     """Hash of all that a paper's tests and its smoke run depend on."""
     shared = [*(root / "tests").glob("*.py"), *(root / "tests" / "pipeline").glob("*.py")]
+    code = paper_code(root, own_files(root, record)[0])
     files = [*own_files(root, record), root / "constraints.txt", *sorted(shared)]
+    files += library_files(root, record, code)
     return digest(
         {
-            "fingerprint": paper_fingerprint(own_files(root, record)[0]),
+            "code": code,
             "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
             "parameters": profile_values(root, record.slug, "smoke"),
-            "assets": {name: find(name).model_dump() for name in needed_assets(record)},
-            "backbones": {name: recipe(name, "smoke") for name in record.needs.backbones},
             "python": platform.python_version(),
         }
     )
