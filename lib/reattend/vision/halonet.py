@@ -267,6 +267,20 @@ class HaloAttention(nn.Module):
         out = halo_attention(*split, self.block, self.halo, self.tables, **self.options)
         return out.movedim(-1, 2).flatten(1, 2)
 
+    def weights(
+        self, x: Float[Tensor, "batch inputs height width"]
+    ) -> Float[Tensor, "batch heads rows columns places"]:
+        """Attention weights of every query on all places of the map: the output for one-hot values."""
+        queries, keys = (
+            project(x).unflatten(1, (self.heads, -1)).movedim(2, -1)
+            for project in (self.query, self.key)
+        )
+        places = torch.eye(x[0, 0].numel(), dtype=x.dtype, device=x.device)
+        values = places.view(*keys.shape[2:4], -1).expand(*keys.shape[:4], -1)
+        return halo_attention(
+            queries, keys, values, self.block, self.halo, self.tables, **self.options
+        )
+
 
 # Costs, in closed form ----------------------------------------------------------------------------
 
