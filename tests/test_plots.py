@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from reattend.plots import MAX_BYTES, save_png
+from reattend.plots import MAX_BYTES, arm_points, number_grid, save_png
 
 
 def drawn(scale=1.0):
@@ -34,3 +34,22 @@ def test_large_pictures_are_reduced_or_refused(tmp_path):
     with pytest.raises(ValueError, match=r"b\.png takes \d+ kB, more than 150 kB"):
         save_png(photograph(400), tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
+
+
+def test_arm_points_draw_every_seed_and_the_mean_from_the_top():
+    _, axis = plt.subplots()
+    arm_points(axis, {"one": [1.0, 3.0], "two": [5.0]}, {"two": "red"})
+    drawn = [line.get_xydata().tolist() for line in axis.lines]
+    assert drawn == [[[1, 0], [3, 0]], [[2, 0]], [[5, 1]], [[5, 1]]]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["one", "two"]
+    assert axis.yaxis_inverted()
+    plt.close("all")
+
+
+def test_number_grid_writes_rows_down_and_columns_across():
+    _, axis = plt.subplots()
+    number_grid(axis, np.array([[1.0, 2.0], [3.0, 40.0]]), ["a", "b"], [5, 6])
+    written = {text.get_position(): text.get_text() for text in axis.texts}
+    assert written == {(0, 0): "1", (1, 0): "2", (0, 1): "3", (1, 1): "40"}
+    assert axis.texts[-1].get_color() == "white"
+    plt.close("all")

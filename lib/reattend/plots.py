@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from PIL import Image
@@ -74,3 +77,33 @@ def save_png(figure: Figure, path: Path) -> None:
             f"figure {path.name} takes {len(data) // 1000} kB, more than {MAX_BYTES // 1000} kB"
         )
     path.write_bytes(data)
+
+
+def arm_points(
+    axis: Axes, scores: Mapping[str, Sequence[float]], colours: Mapping[str, str] | None = None
+) -> None:
+    """One row an arm, from the top: every seed as a point, their mean as a bar.
+
+    Args:
+        scores: arm -> its points.
+        colours: of arms that are not drawn in the first colour.
+    """
+    for place, (name, points) in enumerate(scores.items()):
+        colour = (colours or {}).get(name, COLOURS[0])
+        axis.plot(points, [place] * len(points), "o", color=colour, ms=4, alpha=0.6)
+        axis.plot(sum(points) / len(points), place, "|", color="black", ms=14)
+    axis.set_yticks(range(len(scores)), list(scores))
+    axis.invert_yaxis()
+
+
+def number_grid(axis: Axes, values: np.ndarray, rows: Sequence, columns: Sequence) -> None:
+    """A matrix of positive numbers as shades of their logarithms, with the numbers in it."""
+    logs = np.log(values)
+    axis.imshow(logs, cmap="Blues", aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        dark = logs[i, j] - logs.min() > 0.6 * np.ptp(logs)
+        colour = "white" if dark else "black"
+        axis.text(j, i, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=9)
+    axis.set_xticks(range(len(columns)), [str(column) for column in columns])
+    axis.set_yticks(range(len(rows)), [str(row) for row in rows])
+    axis.grid(False)

@@ -26,9 +26,6 @@ from reattend.vision.biformer import (
     dense,
     dense_cost,
     dilated,
-    displaced_pairs,
-    distant_places,
-    finds_partner,
     fixed,
     gather_regions,
     least_attention,
@@ -463,44 +460,6 @@ def test_best_side_is_the_minimum(tokens, topk):
     least = bra_cost(tokens, side, topk, 8).attention
     assert least == pytest.approx(least_attention(tokens, topk, 8), rel=1e-12)
     assert least < min(bra_cost(tokens, side * f, topk, 8).attention for f in (0.99, 1.01))
-
-
-# The displaced pair -------------------------------------------------------------------------------
-
-
-def test_distant_places_do_not_touch():
-    pairs = distant_places(4).tolist()
-    assert len(pairs) == 16 * 15 - 84  # 42 neighbouring pairs of a 4 x 4 grid, in both orders
-    for one, other in pairs:
-        assert max(abs(one // 4 - other // 4), abs(one % 4 - other % 4)) > 1
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_pairs_show_what_their_labels_say(seed):
-    classes = torch.arange(60) % 5
-    pictures = (1 + torch.arange(60, dtype=torch.uint8)).view(60, 1, 1, 1).expand(60, 2, 3, 3)
-    pairs = displaced_pairs(pictures, classes, 4_000, 4, rng(seed))
-    assert pairs.canvases.shape == (4_000, 2, 12, 12)
-    regions = partition(pairs.canvases.movedim(1, -1).double(), 4, 4)
-    rows = torch.arange(4_000)[:, None]
-    shown = regions[rows, pairs.places]
-    assert torch.equal(shown.amin((2, 3)), shown.amax((2, 3)))  # one whole picture
-    kinds = classes[shown[..., 0, 0].long() - 1]
-    assert torch.equal((kinds[:, 0] == kinds[:, 1]).long(), pairs.labels)
-    assert ((regions.sum((2, 3)) > 0).sum(1) == 2).all()
-    assert pairs.labels.double().mean().item() == pytest.approx(0.5, abs=0.04)
-    # A picture's class says nothing about the answer.
-    for kind in range(5):
-        share = pairs.labels[kinds[:, 1] == kind].double().mean().item()
-        assert share == pytest.approx(0.5, abs=0.08)
-
-
-def test_partners_are_found_in_the_rows_of_the_index():
-    index = torch.zeros(2, 4, 2, dtype=torch.long)
-    index[0, 1] = torch.tensor([2, 3])
-    index[1, 3] = torch.tensor([1, 0])
-    found = finds_partner(index, torch.tensor([[1, 3], [0, 3]]))
-    assert found.tolist() == [[True, False], [False, True]]
 
 
 # Refusals -----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -536,67 +536,3 @@ def best_side(tokens: int, topk: int) -> float:
 def least_attention(tokens: int, topk: int, channels: int) -> float:
     """The attention's multiply-adds at S*: 3 k^(2/3) (HW)^(4/3) C."""
     return 3 * topk ** (2 / 3) * tokens ** (4 / 3) * channels
-
-
-# The displaced pair -------------------------------------------------------------------------------
-
-
-class Pairs(NamedTuple):
-    """Canvases with two pictures; `places` are their regions, `labels` 1 where the classes agree."""
-
-    canvases: UInt8[Tensor, "items channels height width"]
-    labels: Int[Tensor, " items"]
-    places: Int[Tensor, "items 2"]
-
-
-def distant_places(side: int) -> Int[Tensor, "pairs 2"]:
-    """All ordered pairs of regions that do not touch, not even by a corner."""
-    places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-    apart = (places[:, None] - places).abs().amax(-1) > 1
-    return apart.nonzero()
-
-
-def displaced_pairs(
-    pictures: UInt8[Tensor, "pictures channels size size"],
-    classes: Int[Tensor, " pictures"],
-    items: int,
-    side: int,
-    generator: torch.Generator,
-) -> Pairs:
-    """Put two pictures into random regions that do not touch; half of the pairs are of one class.
-
-    A picture fills its region; the canvas is black elsewhere.
-
-    Args:
-        classes: numbers 0, 1, ..., each of at least one picture.
-        items: number of pairs.
-        side: regions a side.
-    """
-    first = torch.randint(len(pictures), (items,), generator=generator)
-    labels = torch.randint(2, (items,), generator=generator)
-    order = classes.argsort(stable=True)
-    counts = classes.bincount()
-    starts = counts.cumsum(0) - counts
-    share = torch.rand(items, generator=generator)  # picks the mate, or the stranger's class
-    own = classes[first]
-    mate = order[starts[own] + (share * counts[own]).long()]
-    other = (own + 1 + (share * (len(counts) - 1)).long()) % len(counts)
-    within = torch.rand(items, generator=generator)
-    stranger = order[starts[other] + (within * counts[other]).long()]
-    second = torch.where(labels == 1, mate, stranger)
-    options = distant_places(side)
-    places = options[torch.randint(len(options), (items,), generator=generator)]
-    channels, size = pictures.shape[1], pictures.shape[-1]
-    cells = pictures.new_zeros(items, side**2, channels, size, size)
-    rows = torch.arange(items)[:, None]
-    cells[rows, places] = pictures[torch.stack([first, second], 1)]
-    canvases = cells.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5)
-    return Pairs(canvases.flatten(4).flatten(2, 3), labels, places)
-
-
-def finds_partner(
-    index: Int[Tensor, "items regions topk"], places: Int[Tensor, "items 2"]
-) -> Bool[Tensor, "items 2"]:
-    """Whether the region of each picture is routed to the region of the other."""
-    seen = index[torch.arange(len(index))[:, None], places]
-    return (seen == places.flip(1)[..., None]).any(-1)

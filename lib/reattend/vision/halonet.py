@@ -46,27 +46,33 @@ def join_blocks(
 
 
 def window_index(
-    height: int, width: int, block: int, halo: int
+    height: int, width: int, block: int, halo: int, wrap: bool = False
 ) -> Int[Tensor, "rows columns window window"]:
-    """Places of every block's window in the flattened map, which is padded by `halo` on all sides."""
-    padded = torch.arange((height + 2 * halo) * (width + 2 * halo))
-    padded = padded.view(height + 2 * halo, width + 2 * halo)
-    window = block + 2 * halo
-    return padded.unfold(0, window, block).unfold(1, window, block)
+    """Places of every block's window in the flattened map, which is padded by `halo` on all sides.
+
+    With `wrap`: places in the map itself, where the halo repeats the pixels of its own block.
+    """
+    inner = torch.arange(block + 2 * halo)
+    if wrap:
+        inner = (inner - halo) % block
+    down, across = (torch.arange(0, size, block)[:, None] + inner for size in (height, width))
+    length = width if wrap else width + 2 * halo
+    return down[:, None, :, None] * length + across[None, :, None, :]
 
 
 def gather_windows(
-    x: Float[Tensor, "*batch height width dim"], block: int, halo: int
+    x: Float[Tensor, "*batch height width dim"], block: int, halo: int, wrap: bool = False
 ) -> Float[Tensor, "*batch rows columns window window dim"]:
     """The haloed neighbourhood of every block, zero outside the map.
 
+    With `wrap` the halo repeats the pixels of its own block: as many keys, and none from outside.
     A copy by index rather than a view: its backward pass is three times as fast as that of two
     `Tensor.unfold`, and the products that follow would copy a view anyway.
     """
     height, width = x.shape[-3:-1]
-    places = window_index(height, width, block, halo).to(x.device)
-    padded = F.pad(x, (0, 0, halo, halo, halo, halo)).flatten(-3, -2)
-    return padded.index_select(-2, places.flatten()).unflatten(-2, places.shape)
+    places = window_index(height, width, block, halo, wrap).to(x.device)
+    padded = x if wrap else F.pad(x, (0, 0, halo, halo, halo, halo))
+    return padded.flatten(-3, -2).index_select(-2, places.flatten()).unflatten(-2, places.shape)
 
 
 # Positions, one axis at a time --------------------------------------------------------------------
@@ -124,6 +130,7 @@ def halo_attention(
     *,
     reach: int | None = None,
     mask_padding: bool = True,
+    wrap: bool = False,
     scale: float | None = None,
     scale_relative: bool = False,
 ) -> Float[Tensor, "batch heads query_height query_width value_dim"]:
@@ -138,6 +145,7 @@ def halo_attention(
         tables: height and width embeddings of 2m - 1 relative positions; None: no positions.
         reach: further limit, in pixels around each query; see `axis_mask`.
         mask_padding: leave keys outside the map out; else they weigh in with zero values.
+        wrap: the halo repeats the pixels of its own block: same cost, nothing new to see (a placebo).
         scale: of q·k; 1 / sqrt(dim) when None. The paper has none: pass 1.
         scale_relative: scale the relative logits too.
 
@@ -153,11 +161,11 @@ def halo_attention(
         )
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     own = split_blocks(queries, block // stride)
-    near, read = (gather_windows(x, block, halo).flatten(-3, -2) for x in (keys, values))
+    near, read = (gather_windows(x, block, halo, wrap).flatten(-3, -2) for x in (keys, values))
     logits = scale * own.flatten(-3, -2) @ near.mT
     if tables is not None or mask_padding or reach is not None:
         rows, columns = (
-            axis_mask(size, block, halo, stride, reach, not mask_padding).to(keys.device)
+            axis_mask(size, block, halo, stride, reach, wrap or not mask_padding).to(keys.device)
             for size in keys.shape[2:4]
         )
         relative = scale if scale_relative else 1.0
@@ -209,7 +217,7 @@ class HaloAttention(nn.Module):
         values: total width of the values, and channels of the output; `inputs` when None.
         stride: of the queries; the output map is so many times smaller.
         relative: learn relative positions.
-        reach, mask_padding, scale_relative: see `halo_attention`.
+        reach, mask_padding, wrap, scale_relative: see `halo_attention`.
 
     Raises:
         ValueError: when the heads do not divide the widths.
@@ -227,6 +235,7 @@ class HaloAttention(nn.Module):
         relative: bool = True,
         reach: int | None = None,
         mask_padding: bool = True,
+        wrap: bool = False,
         scale_relative: bool = False,
     ) -> None:
         super().__init__()
@@ -237,6 +246,7 @@ class HaloAttention(nn.Module):
         self.options = {
             "reach": reach,
             "mask_padding": mask_padding,
+            "wrap": wrap,
             "scale_relative": scale_relative,
         }
         self.query = nn.Conv2d(inputs, inputs, 1, stride, bias=False)
@@ -256,6 +266,20 @@ class HaloAttention(nn.Module):
         )
         out = halo_attention(*split, self.block, self.halo, self.tables, **self.options)
         return out.movedim(-1, 2).flatten(1, 2)
+
+    def weights(
+        self, x: Float[Tensor, "batch inputs height width"]
+    ) -> Float[Tensor, "batch heads rows columns places"]:
+        """Attention weights of every query on all places of the map: the output for one-hot values."""
+        queries, keys = (
+            project(x).unflatten(1, (self.heads, -1)).movedim(2, -1)
+            for project in (self.query, self.key)
+        )
+        places = torch.eye(x[0, 0].numel(), dtype=x.dtype, device=x.device)
+        values = places.view(*keys.shape[2:4], -1).expand(*keys.shape[:4], -1)
+        return halo_attention(
+            queries, keys, values, self.block, self.halo, self.tables, **self.options
+        )
 
 
 # Costs, in closed form ----------------------------------------------------------------------------
