@@ -72,9 +72,12 @@ def keys(root: Path) -> dict[str, str]:
 def green(root: Path) -> set[str]:
     """Papers that the ledger holds with the key that they have now."""
     path = ledger()
-    if path is None or not path.exists():
+    try:
+        known = json.loads(path.read_text(encoding="utf8")) if path else {}
+    except (FileNotFoundError, json.JSONDecodeError):
+        known = {}
+    if not known:
         return set()
-    known = json.loads(path.read_text(encoding="utf8"))
     return {slug for slug, now in keys(root).items() if known.get(slug) == now}
 
 

@@ -140,6 +140,13 @@ def _parser() -> argparse.ArgumentParser:
     add("sync", _sync, "generate dvc.yaml and NOTICE.md from records and catalogues")
     add("fingerprint", _fingerprint, "hash what each paper's results depend on (used by DVC)")
 
+    new = add("new", _new, "write the five places of a paper from templates")
+    new.add_argument("family")
+    new.add_argument("paper")
+
+    check = add("check", _check, "say what papers still lack")
+    check.add_argument("papers", nargs="*", metavar="paper", help="default: all")
+
     tidy = add("tidy", _tidy, "run a notebook at smoke and keep the outputs of its checked cells")
     tidy.add_argument("papers", nargs="+", metavar="paper")
     return parser
@@ -362,6 +369,21 @@ def _fingerprint(options: argparse.Namespace) -> None:
     from reattend.pipeline.manifests import write_fingerprints
 
     write_fingerprints(_root())
+
+
+def _new(options: argparse.Namespace) -> None:
+    from reattend.pipeline.new import write_paper
+
+    root = _root()
+    for path in write_paper(root, options.family, options.paper):
+        print(f"written: {path.relative_to(root)}")
+    print(f"next: `reattend sync`, then `reattend check {options.paper}` says what is left to do")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from reattend.pipeline.check import check
+
+    return check(_root(), options.papers)
 
 
 def _tidy(options: argparse.Namespace) -> None:

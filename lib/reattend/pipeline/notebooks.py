@@ -12,6 +12,7 @@ from reattend.pipeline.errors import CommandError
 from reattend.project import read_json
 
 CHECKED = "# NBVAL_CHECK_OUTPUT"
+KEPT = ("tags", "jupyter")  # of a cell's metadata
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,9 @@ def tidy(notebook: Notebook, executed: Path) -> None:
         raise CommandError(f"{notebook.name}: the executed copy has other cells", 1)
     count = 0
     for cell, ran in zip(notebook.cells, fresh, strict=True):
-        tags = cell.get("metadata", {}).get("tags")
-        cell["metadata"] = {"tags": tags} if tags else {}
+        # "jupyter" folds a cell's source; what else editors write there is of no use to a reader.
+        metadata = cell.get("metadata", {})
+        cell["metadata"] = {name: metadata[name] for name in KEPT if metadata.get(name)}
         if cell["cell_type"] != "code":
             continue
         count += 1
