@@ -125,15 +125,10 @@ class Paper:
         said = [self.at(claim, profile) for profile in PROFILES]
         return next((found for found in said if found.verdict != NOT_RUN), said[0])
 
-    @property
-    def verdicts(self) -> list[str]:
-        """The best verdict of each claim, in the record's order."""
-        return [self.best(claim).verdict for claim in self.record.claims]
-
-    @property
-    def is_done(self) -> bool:
-        """Whether every claim that can be asked has been judged."""
-        return NOT_RUN not in self.verdicts
+    def verdicts(self, profile: str | None = None) -> list[str]:
+        """The verdict of each claim, in the record's order; without `profile`, the best."""
+        claims = self.record.claims
+        return [(self.at(c, profile) if profile else self.best(c)).verdict for c in claims]
 
     def answer(self, profile: str | None = None) -> str:
         """The paper's question answered in one line: the verdict on its first claim that can be asked.
@@ -153,7 +148,8 @@ class Paper:
     @property
     def seconds(self) -> dict[str, float]:
         """How long each profile's run took, of those that have been judged."""
-        return {p: run.facts["seconds"] for p, run in self.runs.items() if run.claims}
+        judged = {p: run.facts.get("seconds") for p, run in self.runs.items() if run.claims}
+        return {profile: seconds for profile, seconds in judged.items() if seconds is not None}
 
 
 def read_papers(root: Path, records: Mapping[str, Record]) -> list[Paper]:
@@ -161,25 +157,23 @@ def read_papers(root: Path, records: Mapping[str, Record]) -> list[Paper]:
     return [Paper.read(root, record) for record in records.values()]
 
 
-def count_line(papers: list[Paper]) -> str:
-    """How many papers are done and how their claims ended, in one line."""
-    done = [paper for paper in papers if paper.is_done]
-    counts = Counter(verdict for paper in done for verdict in paper.verdicts)
+def count_line(papers: list[Paper], profile: str | None = None) -> str:
+    """How many papers are done and how their claims ended, in one line.
+
+    Without `profile`, by the best evidence.
+    """
+    ended = [paper.verdicts(profile) for paper in papers]
+    done = [verdicts for verdicts in ended if NOT_RUN not in verdicts]
+    counts = Counter(verdict for verdicts in done for verdict in verdicts)
     claims = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    ended = f": {counts.total()} claims, {claims}" if done else ""
-    return f"{len(done)} of {len(papers)} papers in this repository are done{ended}."
-
-
-def effect_text(found: Mapping) -> str:
-    """A test's effect and interval as people read it."""
-    if "low" not in found:
-        return f"{found['effect']:.3g}"
-    return f"{found['effect']:.3g} [{found['low']:.3g}, {found['high']:.3g}]"
+    line = f"{len(done)} of {len(papers)} papers are done"
+    return f"{line}: {counts.total()} claims, {claims}." if done else f"{line}."
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file, empty where there is none."""
+    """The mapping in a JSON file; empty where there is none or it is damaged: it can be made again."""
     try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except (FileNotFoundError, NotADirectoryError):
+        loaded = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError):
         return {}
+    return loaded if isinstance(loaded, dict) else {}

@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from reattend.assets.store import fetch
+from reattend.evidence.verdicts import plural
 from reattend.findings import (
     NOT_RUN,
     PROFILES,
@@ -21,12 +22,12 @@ from reattend.findings import (
     Paper,
     Run,
     count_line,
-    effect_text,
     read_papers,
 )
+from reattend.presentation import margins_text
 from reattend.records import Claim, Record, Test
 from reattend.site.history import State, histories
-from reattend.site.intervals import Measured, effects_of, interval_svg, margins_in_words
+from reattend.site.intervals import Measured, effects_of, found_text, interval_svg
 from reattend.site.marks import MEANINGS, SIZE, class_of, shape
 from reattend.site.methods import methods
 from reattend.site.tables import reported_tables, tables
@@ -80,7 +81,7 @@ class _Pages:
             lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
         )
-        self._jinja.filters |= {"prose": _prose, "effect": effect_text, "size": _png_size}
+        self._jinja.filters |= {"prose": _prose, "found": found_text, "size": _png_size}
         self._jinja.filters["rounded"] = _rounded
         self._jinja.tests["number_like"] = _is_number
         self._jinja.globals |= {
@@ -91,7 +92,8 @@ class _Pages:
             "MEANINGS": MEANINGS,
             "mark": _mark,
             "class_of": class_of,
-            "margins": margins_in_words,
+            "margins": margins_text,
+            "size_of": lambda n, unit: f"{n} {plural(unit)}",
             "ran": _ran,
             "tables_of": tables,
             "reported_tables": reported_tables,
@@ -129,14 +131,12 @@ def _results(root: Path, papers: list[Paper], target: Path) -> None:
 
 def _notebooks(root: Path, papers: list[Paper], pages: _Pages) -> None:
     # nbconvert takes a second to import, which a site without notebooks need not wait for.
-    from reattend.site.notebooks import Converter, articles
+    from reattend.site.notebooks import Converter, notebook_of
 
-    converter, executed = Converter(), articles(root)
+    converter = Converter()
     for paper in papers:
         r = paper.record
-        committed = root / "notebooks" / r.family / f"{r.slug}.ipynb"
-        source = executed.get(r.slug, committed)
-        article = converter.convert(source, r.slug in executed, "../figures")
+        article = converter.convert(*notebook_of(root, r), "../figures")
         pages.write(f"notebooks/{r.slug}.html", "notebook.html", r=r, article=article)
 
 

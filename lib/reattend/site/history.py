@@ -43,13 +43,13 @@ def _verdicts(path: str, text: str) -> dict[str, dict[str, str]]:
     """Profile -> claim -> verdict in one version of a file; nothing of one that cannot be read."""
     try:
         content = json.loads(text)
-        if path.endswith("verdicts.json"):
-            claims = content
-        else:
-            claims = {path.split("/")[3]: content["claims"]}
+        if path.endswith("results.json"):
+            content = {path.split("/")[3]: content["claims"]}
         return {
-            profile: {claim: entry["verdict"] for claim, entry in some.items() if entry["verdict"]}
-            for profile, some in claims.items()
+            profile: {
+                claim: entry["verdict"] for claim, entry in claims.items() if entry["verdict"]
+            }
+            for profile, claims in content.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -13,7 +13,7 @@ from html import escape
 import numpy as np
 
 from reattend.evidence.samples import VALUE, Points
-from reattend.findings import effect_text
+from reattend.presentation import interval_text, margins_text
 from reattend.records import Test
 from reattend.site.marks import class_of
 
@@ -47,6 +47,11 @@ def effects_of(points: Points | None, statistic: str) -> tuple[float, ...]:
     return tuple(float(value) for value in values[::step])
 
 
+def found_text(found: Mapping) -> str:
+    """A test's effect and interval, as verdicts.json has them, in few digits."""
+    return interval_text(found["effect"], found.get("low"), found.get("high"))
+
+
 def interval_svg(test: Test, measured: Sequence[Measured]) -> str:
     """The picture, one line a profile; empty where nothing was measured."""
     if not measured:
@@ -62,22 +67,9 @@ def interval_svg(test: Test, measured: Sequence[Measured]) -> str:
     )
 
 
-def margins_in_words(test: Test) -> str:
-    """What a test asks of its effect."""
-    if test.better == "equal":
-        return f"reproduced within ±{test.margin:g}"
-    sign, short = ("≥", "<") if test.better == "higher" else ("≤", ">")
-    words = [f"reproduced {sign} {test.reproduced:g}"]
-    if test.negligible is not None:
-        words.append(f"negligible {short} {test.negligible:g}")
-    if test.not_reproduced is not None:
-        words.append(f"not reproduced {short} {test.not_reproduced:g}")
-    return ", ".join(words)
-
-
 def _in_words(test: Test, measured: Sequence[Measured]) -> str:
-    found = "; ".join(f"{one.profile} {effect_text(one.found)}" for one in measured)
-    return f"{test.measures}: {found}; {margins_in_words(test)}"
+    found = "; ".join(f"{one.profile} {found_text(one.found)}" for one in measured)
+    return f"{test.measures}: {found}; {margins_text(test)}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +120,9 @@ def _zones(test: Test, axis: _Axis, foot: float) -> list[str]:
             if bound is not None
         )
         up = test.better == "higher"
-        zones = [("zone-held", *((test.reproduced, math.inf) if up else (-math.inf, test.reproduced)))]
+        zones = [
+            ("zone-held", *((test.reproduced, math.inf) if up else (-math.inf, test.reproduced)))
+        ]
         zones.append(("zone-lost", *((-math.inf, lost) if up else (lost, math.inf))))
     parts = [
         f'<rect class="{kind}" x="{axis.x(low):.1f}" y="{TOP}" '

@@ -37,7 +37,7 @@ def matrix_svg(papers: list[Paper]) -> str:
     parts.append(_legend(y + 20))
     height = y + 34
     frame = f'<rect class="ground" x=".5" y=".5" width="{WIDTH - 1}" height="{height - 1}" rx="6"/>'
-    said = "; ".join(f"{p.record.slug}: {', '.join(p.verdicts)}" for p in papers)
+    said = "; ".join(f"{p.record.slug}: {', '.join(p.verdicts())}" for p in papers)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
         f'viewBox="0 0 {WIDTH} {height}" role="img">\n'
@@ -63,7 +63,7 @@ def _row(paper: Paper, y: int) -> tuple[str, int]:
     height = max(2, len(lines)) * LINE + 8
     parts = [f'<path class="line" d="M0 {y}.5h{WIDTH}"/>']
     parts.append(_text(LEFT, y + LINE, slug, "name"))
-    for number, verdict in enumerate(paper.verdicts):
+    for number, verdict in enumerate(paper.verdicts()):
         parts.append(mark(LEFT + number * STEP, y + LINE + 4, verdict))
     for number, line in enumerate(lines):
         parts.append(_text(LEFT + NAME, y + (number + 1) * LINE, line))

@@ -29,7 +29,9 @@ def methods() -> list[Method]:
 def _method(name: str, module: str, class_name: str) -> Method:
     kind = getattr(importlib.import_module(module), class_name)
     hooks = {"prompt": "prefill", "new tokens": "decode"}
-    phases = (p for p, hook in hooks.items() if getattr(kind, hook) is not getattr(AttentionMethod, hook))
+    phases = (
+        p for p, hook in hooks.items() if getattr(kind, hook) is not getattr(AttentionMethod, hook)
+    )
     about = (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " ")
     parameters = inspect.signature(kind).parameters.values()
     settings = tuple((p.name, _default(p)) for p in parameters)

@@ -10,11 +10,14 @@ from pathlib import Path
 import nbformat
 from nbconvert import HTMLExporter
 
+from reattend.findings import PROFILES
+from reattend.records import Record
+
 TEMPLATES = Path(__file__).with_name("templates")
 
 # Sources shown as output bring a style sheet of their own each time; the page has one.
 _STYLES = re.compile(r"<style[^>]*>.*?</style>", re.DOTALL)
-_PICTURES = re.compile(r'<img(?![^>]*\balt=)', re.IGNORECASE)
+_PICTURES = re.compile(r"<img(?![^>]*\balt=)", re.IGNORECASE)
 _TABLES = re.compile(r"(<table.*?</table>)", re.DOTALL)
 _COMMITTED = re.compile(r'src="(?:\.\./)+figures/')
 
@@ -28,10 +31,14 @@ class Article:
     title: str
 
 
-def articles(root: Path) -> dict[str, Path]:
-    """Slug -> the executed notebook of the pipeline's last run, by family and name."""
-    executed = (root / "build" / "executed").rglob("*.ipynb")
-    return {path.stem: path for path in sorted(executed)}
+def notebook_of(root: Path, record: Record) -> tuple[Path, bool]:
+    """The copy that the last run of the largest profile executed, and True; else the committed one."""
+    executed = root / "build" / "executed" / record.family
+    for profile in PROFILES:
+        path = executed / f"{record.slug}.{profile}.ipynb"
+        if path.exists():
+            return path, True
+    return root / "notebooks" / record.family / f"{record.slug}.ipynb", False
 
 
 class Converter:
@@ -49,6 +56,7 @@ class Converter:
         """One notebook.
 
         Args:
+            executed: whether it is a copy that a run executed.
             figures: where the page finds the repository's folder `figures`, as a relative link.
         """
         notebook = nbformat.read(path, as_version=4)

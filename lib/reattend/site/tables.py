@@ -57,7 +57,11 @@ def _joined(table: Table, reported: Table) -> Table:
     ]
     known = set(_names(table))
     blank = ("",) * (len(table.columns) - 1)
-    rows += [(row[0], *blank, *row[1:]) for row in reported.rows if row[0].casefold().strip() not in known]
+    rows += [
+        (row[0], *blank, *row[1:])
+        for row in reported.rows
+        if row[0].casefold().strip() not in known
+    ]
     columns = (*table.columns, *(f"{name}, reported" for name in reported.columns[1:]))
     caption = f"{table.caption}. Reported: {reported.caption}"
     return Table(table.name, caption, columns, tuple(rows))
