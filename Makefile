@@ -3,18 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PAPERS ?=
+PAPER ?=
 PROFILE ?=
 JOBS ?=
 INSTALLED := $(VENV)/.installed
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install repro report test test-faults study lint
+.PHONY: help install repro report site test test-faults study lint
 help:
 	@echo "make repro   fetch, build, and regenerate every table, figure and verdict"
 	@echo "             (PAPERS=\"flexprefill zoology\" PROFILE=smoke|cpu|gpu JOBS=2 narrow it)"
-	@echo "make study   open the notebooks in JupyterLab"
+	@echo "make study   open copies of the notebooks in JupyterLab (PAPER=zoology opens one)"
 	@echo "make test    unit tests, notebook regression tests, one pass of the pipeline"
-	@echo "make report  the scoreboard: figures/README.md and README.md"
+	@echo "make report  judge, and renew the claim matrix: figures/claims.svg and README.md"
+	@echo "make site    build the browsable report into site/"
 	@echo "make lint    ruff and import-linter"
 
 # torch first and alone: nothing else may choose its build.
@@ -33,6 +35,9 @@ repro: install
 report: install
 	$(BIN)/reattend report
 
+site: install
+	$(BIN)/reattend report --html
+
 # One thread a worker and one notebook per worker: more threads than cores is many times slower.
 test: install
 	$(BIN)/reattend build --profile smoke
@@ -44,10 +49,8 @@ test: install
 test-faults: install
 	$(THREADS) $(BIN)/python -m pytest -m faults tests
 
-# In a container one often is root, as which JupyterLab must be told to start.
-study: AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 study: install
-	$(BIN)/jupyter lab $(AS_ROOT) notebooks
+	$(BIN)/reattend study $(PAPER)
 
 lint: install
 	$(BIN)/ruff check .

@@ -19,8 +19,9 @@ from reattend.pipeline.judge import committed_verdicts, judge_paper, verdicts_pa
 from reattend.pipeline.manifests import write_fingerprints
 from reattend.pipeline.notebooks import CHECKED, Notebook, source
 from reattend.pipeline.notice import render_notice
-from reattend.pipeline.report import readme_with_scoreboard, scoreboard
+from reattend.pipeline.report import MATRIX, SCOREBOARD, papers_of, readme_with_results, scoreboard
 from reattend.records import FAMILIES, record_paths
+from reattend.site.matrix import matrix_svg
 
 SIZE_LIMIT = 1_000_000
 LINE_LIMIT = 620  # of code in one notebook; 400 is what to aim for
@@ -34,11 +35,11 @@ def test_notice_follows_the_catalogue(root):
     assert (root / "NOTICE.md").read_text() == render_notice(), "run `reattend sync`"
 
 
-def test_scoreboard_follows_the_results(root):
-    text = (root / "README.md").read_text()
-    assert text == readme_with_scoreboard(text, scoreboard(root, "cpu"), "cpu"), (
-        "run `reattend report`"
-    )
+def test_what_readers_see_follows_the_results(root):
+    papers, text = papers_of(root), (root / "README.md").read_text()
+    assert text == readme_with_results(text, papers), "run `reattend report`"
+    assert (root / MATRIX).read_text() == matrix_svg(papers), "run `reattend report`"
+    assert (root / SCOREBOARD).read_text() == scoreboard(papers), "run `reattend report`"
 
 
 def test_committed_results_belong_to_the_committed_code(root, tmp_path, monkeypatch):

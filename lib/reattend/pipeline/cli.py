@@ -131,7 +131,18 @@ def _parser() -> argparse.ArgumentParser:
     grow.add_argument("--profile", help="cpu or gpu (default: that of params.yaml)")
     grow.add_argument("--budget", type=_duration, metavar="30m", help="time to spend (s, m or h)")
 
-    add("report", _report, "write the scoreboard into figures/ and README.md")
+    report = add("report", _report, "judge, and write the claim matrix and README's results")
+    report.add_argument("--html", action="store_true", help="build the site instead, into site/")
+    report.add_argument(
+        "--no-notebooks", action="store_true", help="leave the notebooks out of the site: quicker"
+    )
+
+    show = add("show", _show, "a paper's claims, verdicts and evidence")
+    show.add_argument("paper")
+
+    study = add("study", _study, "open copies of the notebooks in JupyterLab")
+    study.add_argument("paper", nargs="?", help="default: the list of all")
+    study.add_argument("options", nargs="*", help="for JupyterLab, after --")
 
     compare = add("compare", _compare, "hold the results against the committed ones")
     compare.add_argument("papers", nargs="*", metavar="paper", help="default: all")
@@ -339,10 +350,25 @@ def _grow(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from reattend.pipeline.report import write_report
+    from reattend.pipeline.report import write_report, write_site
 
     root = _root()
-    write_report(root, _profile(root, None))
+    if options.html:
+        print(f"written: {write_site(root, notebooks=not options.no_notebooks).relative_to(root)}")
+    else:
+        write_report(root)
+
+
+def _show(options: argparse.Namespace) -> None:
+    from reattend.pipeline.show import show
+
+    show(_root(), options.paper)
+
+
+def _study(options: argparse.Namespace) -> None:
+    from reattend.pipeline.study import study
+
+    study(_root(), options.paper, options.options)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ FINGERPRINTS = "build/fingerprints"
 PROFILE = "${profile}"  # as DVC resolves it from params.yaml
 METRICS = "metrics.json"
 SCOREBOARD = "figures/scoreboard.csv"
+MATRIX = "figures/claims.svg"
 PLOTS = [
     {
         "verdicts": {
@@ -203,14 +204,14 @@ def _report(records: list[Record]) -> dict:
     """Verdicts follow from records and results, so that a new margin makes this stage alone stale."""
     kept = {"cache": False, "persist": True}
     return {
-        "desc": "verdicts and scoreboard",
+        "desc": "verdicts, claim matrix and scoreboard",
         "cmd": "reattend report",
         "deps": [
             *(f"notebooks/{record.family}/{record.slug}.yaml" for record in records),
             *(f"{_place(record)}/{PROFILE}" for record in records),
         ],
         "metrics": [{f"{_place(record)}/{METRICS}": kept} for record in records],
-        "outs": [{"figures/README.md": kept}, {SCOREBOARD: kept}],
+        "outs": [{MATRIX: kept}, {SCOREBOARD: kept}],
     }
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from reattend.findings import count_line
 from reattend.locks import Busy, locked
 from reattend.parameters import load_params
 from reattend.pipeline.display import Display
@@ -25,7 +26,7 @@ from reattend.pipeline.needs import is_built, is_fetched
 from reattend.pipeline.notebooks import Notebook
 from reattend.pipeline.orphans import forget_ended
 from reattend.pipeline.plan import PAPER, Task, reason, stages_of, tasks_of, that_fit
-from reattend.pipeline.report import scoreboard, summary, write_report
+from reattend.pipeline.report import papers_of, write_report
 from reattend.pipeline.run import check_parameters, recover, remove_leftovers
 from reattend.pipeline.workers import Ended, Outcome, run_dvc, run_tasks
 from reattend.project import FileError, read_json, results_directory
@@ -116,7 +117,7 @@ def _repro(root: Path, papers: list[str], profile: str, options: Options) -> int
     if whole and (ended.outcomes or REPORT in changes):
         run_dvc(root, "repro", "--quiet", "--single-item", REPORT)
     elif ended.outcomes:
-        write_report(root, profile)
+        write_report(root)
     _summarise(root, records, profile, before, ended, len(papers or record_paths(root)))
     codes = {outcome.code for outcome in ended.outcomes.values() if outcome.code}
     return int(bool(codes)) + int(codes == {2})
@@ -295,6 +296,7 @@ def _summarise(
         print(f"left out for lack of time: {names}; the same command goes on with them")
     elif not ended.outcomes:
         print(f"nothing to run: {count} papers are up to date at profile {profile}")
-    print(summary([row for row in scoreboard(root, profile) if row.paper in records]))
+    papers = [paper for paper in papers_of(root) if paper.record.slug in records]
+    print(count_line(papers, profile))
     if ran and has_revision(root, "HEAD"):
         compare(root, ran, profile, "HEAD")

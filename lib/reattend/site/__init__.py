@@ -1,0 +1,1 @@
+"""The browsable report: what readers see of records and results, as pictures and pages."""
