@@ -5,7 +5,7 @@ import re
 
 import yaml
 
-from tests.pipeline.toy import Checkout
+from tests.pipeline.toy import ROOT, Checkout
 
 
 def ran(output: str) -> set[str]:
@@ -75,7 +75,7 @@ def test_editing_a_notebook_reruns_its_paper_and_a_failure_stops_no_other(checko
     edit(checkout.notebook("toy_a"), "import numpy", "1 / 0\\nimport numpy")
     done = checkout.reattend("repro", "--profile", "smoke", "--jobs", "1")
     assert done.returncode == 1
-    assert re.search(r"toy_a: failed: .*toy_a.ipynb, cell 6 .*ZeroDivisionError", done.stdout)
+    assert re.search(r"failed: toy_a: .*toy_a.ipynb, cell 6 .*ZeroDivisionError", done.stdout)
     assert "toy_b: done" in done.stdout
     assert "of 2 papers are done" in done.stdout
     assert "toy_b: gain toy" in done.stdout  # what differs from the committed results
@@ -106,15 +106,100 @@ def test_repro_refuses_bad_input_before_running(checkout):
     edit(checkout.root / "params.yaml", "n: 3", "n: 0")
     done = checkout.reattend("repro", "--profile", "smoke")
     assert done.returncode == 2
-    assert "toy_a: parameter 'n' = 0" in done.stderr
+    assert "failed: toy_a: parameter 'n' = 0" in done.stdout
+    assert "toy_b: started" not in done.stdout
     restored(checkout)
 
 
-def test_metrics_show_the_claims(checkout):
-    done = checkout.dvc("metrics", "show", "--json", check=True)
-    metrics = json.loads(done.stdout)
-    [paper] = [v for k, v in metrics[""]["data"].items() if "toy_a" in k]
-    assert paper["data"]["claims"]["gain"]["tests"]["mean"]["effect"] > 0.5
+def test_one_bad_paper_stops_no_other(checkout):
+    """A broken notebook, then a broken record, beside a paper whose results are damaged."""
+    for name, damage in (("ipynb", "{"), ("yaml", "slug: [")):
+        results = checkout.results("toy_b", "smoke")
+        whole = (results / "results.json").read_bytes()
+        (results / "results.json").write_text("{")
+        (results / "run.json").write_text("[]")
+        checkout.notebook("toy_a").with_suffix(f".{name}").write_text(damage)
+        done = checkout.reattend("repro")
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert done.stderr == ""
+        lines = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
+        assert len(lines) == 1
+        assert f"toy_a.{name}" in lines[0]
+        assert "toy_b: done" in done.stdout
+        assert (results / "results.json").read_bytes() == whole
+        assert "replicate-toy_a" in (checkout.root / "dvc.yaml").read_text()
+        restored(checkout)
+    checkout.reattend("repro", check=True)
+    restored(checkout)
+
+
+def test_dry_says_why_and_changes_nothing(checkout):
+    edit(checkout.root / "params.yaml", "n: 3", "n: 5")
+    before = checkout.run("git", "status", "--porcelain", check=True).stdout
+    done = checkout.reattend("repro", "--dry", check=True)
+    why = "its code, record, parameters or catalogue entry changed"
+    assert re.fullmatch(rf"toy_a: {why} \(about \d+ s\)", done.stdout.splitlines()[0])
+    assert done.stdout.splitlines()[1:] == ["1 of 2 papers would run at profile smoke"]
+    done = checkout.reattend("repro", "--dry", "--profile", "cpu", "toy_b", check=True)
+    assert "toy_b: no results yet at this profile" in done.stdout
+    assert checkout.run("git", "status", "--porcelain", check=True).stdout == before
+    restored(checkout)
+
+
+def test_a_deadline_leaves_out_what_does_not_fit(checkout):
+    done = checkout.reattend("repro", "--force", "--deadline", "0.01s", check=True)
+    assert "left out for lack of time: replicate" not in done.stdout
+    assert "left out for lack of time: toy_a, toy_b" in done.stdout
+    refused = checkout.reattend("repro", "--deadline", "soon")
+    assert refused.returncode == 2
+    assert "a time like 90s, 55m or 2h, not 'soon'" in refused.stderr
+    restored(checkout)
+
+
+def test_allow_missing_in_a_fresh_clone_runs_what_was_edited(tmp_path):
+    own = Checkout(tmp_path / "own", ["toy_a", "toy_b"])
+    own.write_paper("toy_a", needs={"assets": ["needles"]})
+    own.reattend("sync", check=True)
+    own.reattend("repro", "--profile", "smoke", check=True)
+    own.commit()
+    own.run("git", "clone", "-q", own.root, tmp_path / "clone", check=True)
+    own.root = tmp_path / "clone"
+    assert "nothing to run" in own.reattend("repro", check=True).stdout
+    own.run("git", "clean", "-fdxq", check=True)
+    own.run("git", "checkout", "-q", ".", check=True)
+    edit(own.root / "params.yaml", "n: 3", "n: 5")
+    done = own.dvc("repro", "--allow-missing", check=True)
+    assert ran(done.stdout) == {"fingerprint", "replicate-toy_a", "report"}
+
+
+def test_a_margin_makes_only_the_report_stale_and_dvc_shows_what_it_does(tmp_path):
+    own = Checkout(tmp_path / "own", ["toy_a", "toy_b"])
+    plots = own.root / ".dvc" / "plots"
+    plots.mkdir()
+    (plots / "verdicts.json").write_text((ROOT / ".dvc/plots/verdicts.json").read_text())
+    own.reattend("repro", "--profile", "cpu", check=True)
+    own.commit()
+    edit(own.notebook("toy_a").with_suffix(".yaml"), "reproduced: 0.5", "reproduced: 5.0")
+    assert ran(own.dvc("repro", check=True).stdout) == {"fingerprint", "report"}
+    shown = own.dvc("metrics", "show", check=True).stdout
+    assert max(map(len, shown.splitlines())) < 150
+    assert shown.splitlines()[0].split() == [
+        "Path",
+        *(f"cpu.{name}" for name in ("headline", "inconclusive", "not_reproduced", "partially")),
+        "cpu.reproduced",
+    ]
+    diff = own.dvc("metrics", "diff", check=True).stdout
+    path = "figures/theory/toy_a/metrics.json"
+    rows = [line.split() for line in diff.splitlines()[1:]]
+    assert rows == [
+        [path, "cpu.partially", "0", "1", "1"],
+        [path, "cpu.reproduced", "1", "0", "-1"],
+    ]
+    page = own.dvc("plots", "show", "--out", tmp_path / "plots", check=True)
+    assert "index.html" in page.stdout
+    html = (tmp_path / "plots" / "index.html").read_text()
+    assert '"verdict": "partially"' in html
+    assert "DVC_METRIC" not in html
 
 
 def test_dvc_experiments_set_parameters(checkout):

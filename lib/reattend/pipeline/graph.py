@@ -21,7 +21,7 @@ from reattend.records import Record, RecordError, load_record, record_paths
 
 FINGERPRINTS = "build/fingerprints"
 PROFILE = "${profile}"  # as DVC resolves it from params.yaml
-METRICS = "metrics.json"
+METRICS, VERDICTS = "metrics.json", "verdicts.json"
 SCOREBOARD = "figures/scoreboard.csv"
 MATRIX = "figures/claims.svg"
 PLOTS = [
@@ -211,7 +211,11 @@ def _report(records: list[Record]) -> dict:
             *(f"{_place(record)}/{PROFILE}" for record in records),
         ],
         "metrics": [{f"{_place(record)}/{METRICS}": kept} for record in records],
-        "outs": [{MATRIX: kept}, {SCOREBOARD: kept}],
+        "outs": [
+            *({f"{_place(record)}/{VERDICTS}": kept} for record in records),
+            {MATRIX: kept},
+            {SCOREBOARD: kept},
+        ],
     }
 
 

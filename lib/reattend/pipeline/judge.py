@@ -13,7 +13,7 @@ from reattend.evidence.files import read_evidence, stored
 from reattend.evidence.verdicts import ClaimOutcome, EvidenceError, judge
 from reattend.parameters import PROFILES
 from reattend.pipeline.errors import CommandError
-from reattend.pipeline.graph import METRICS
+from reattend.pipeline.graph import METRICS, VERDICTS, read_records
 from reattend.pipeline.manifests import write_json
 from reattend.pipeline.metrics_file import metrics
 from reattend.project import FileError, read_json, read_text, results_directory
@@ -24,7 +24,7 @@ JUDGED = [profile for profile in PROFILES if profile != "smoke"]
 
 def verdicts_path(root: Path, record: Record) -> Path:
     """Where a paper's verdicts are kept."""
-    return root / "figures" / record.family / record.slug / "verdicts.json"
+    return root / "figures" / record.family / record.slug / VERDICTS
 
 
 def judge_paper(root: Path, record: Record) -> dict[str, dict]:
@@ -62,6 +62,21 @@ def judge_papers(root: Path, papers: list[str]) -> int:
     claims = sum(len(claims) for _, verdicts in fresh for claims in verdicts.values())
     print(f"{claims} verdicts judged, {changes} changed")
     return 0
+
+
+def judge_usable(root: Path) -> None:
+    """Write verdicts.json of every paper whose record and evidence can be used; a line for each other.
+
+    Where a paper's evidence is damaged its earlier verdicts stay.
+    """
+    for record in read_records(root)[0].values():
+        try:
+            verdicts = judge_paper(root, record)
+        except CommandError as error:
+            print(f"{record.slug}: not judged: {error}")
+            verdicts = committed_verdicts(verdicts_path(root, record))
+        for line in write_verdicts(root, record, verdicts):
+            print(f"{record.slug}: {line}")
 
 
 def write_verdicts(root: Path, record: Record, verdicts: dict[str, dict]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from reattend.findings import Conclusion, Paper, count_line, read_papers
 from reattend.pipeline.graph import MATRIX, SCOREBOARD, read_records
-from reattend.pipeline.judge import judge_papers
+from reattend.pipeline.judge import judge_usable
 from reattend.pipeline.manifests import write_text
 from reattend.presentation import interval_text, markdown_table
 from reattend.records import Claim
@@ -35,7 +35,7 @@ _BEGIN, _END = "<!-- scoreboard -->", "<!-- /scoreboard -->"
 
 def write_report(root: Path) -> list[Paper]:
     """Judge, then write the claim matrix, the scoreboard and the README's part about results."""
-    judge_papers(root, [])
+    judge_usable(root)
     papers = papers_of(root)
     write_text(root / MATRIX, matrix_svg(papers))
     write_text(root / SCOREBOARD, scoreboard(papers))

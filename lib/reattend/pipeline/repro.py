@@ -21,6 +21,7 @@ from reattend.parameters import load_params
 from reattend.pipeline.display import Display
 from reattend.pipeline.errors import CommandError
 from reattend.pipeline.graph import read_records, sync
+from reattend.pipeline.judge import committed_verdicts, verdicts_path
 from reattend.pipeline.manifests import complete_manifests, write_fingerprints, write_text
 from reattend.pipeline.needs import is_built, is_fetched
 from reattend.pipeline.notebooks import Notebook
@@ -263,8 +264,8 @@ def _read(root: Path, record: Record, profile: str, name: str) -> dict:
 
 
 def _verdicts(root: Path, record: Record, profile: str) -> dict[str, str]:
-    claims = _read(root, record, profile, "results.json").get("claims", {})
-    return {name: claim.get("verdict") for name, claim in claims.items()}
+    claims = committed_verdicts(verdicts_path(root, record)).get(profile, {})
+    return {name: claim["verdict"] for name, claim in claims.items()}
 
 
 def _executed(root: Path, record: Record, profile: str) -> Path:
