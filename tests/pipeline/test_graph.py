@@ -55,7 +55,9 @@ def test_a_parameter_reruns_its_paper_alone(checkout):
 
 
 def test_comments_outputs_and_metadata_rerun_nothing(checkout):
-    edit(checkout.root / "lib/reattend/evidence/samples.py", "import math", "import math  # numbers")
+    edit(
+        checkout.root / "lib/reattend/evidence/samples.py", "import math", "import math  # numbers"
+    )
     notebook = json.loads(checkout.notebook("toy_a").read_text())
     notebook["metadata"]["touched"] = True
     notebook["cells"][5]["outputs"] = [

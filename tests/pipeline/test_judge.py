@@ -44,7 +44,7 @@ def test_an_edited_margin_is_judged_again_without_a_run(ran):
         ("evidence.csv", ",value,3,,", ",value,,3,", "do not share the labels of one unit"),
         ("evidence.csv", "gain,mean", "gain,other", "no evidence for test 'mean' of claim 'gain'"),
         ("evidence.csv", "seed,item", "item,seed", "line 1: the columns must be"),
-        ("run.json", "{", "", "run.json, line 1: not valid JSON"),
+        ("run.json", "{", "", "run.json, line 2: not valid JSON"),
     ],
 )
 def test_damaged_results_end_in_one_line_and_lose_nothing(ran, name, old, new, message):
