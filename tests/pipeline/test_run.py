@@ -45,7 +45,8 @@ def test_a_run_writes_everything_and_again_the_same_bytes(bare):
     bare.reattend("run", "toy", "--profile", "cpu", check=True)
     directory = bare.results("toy")
     names = {p.name for p in directory.iterdir()}
-    assert names == {"results.json", "run.json", "figure1_values.png", "table1_values.csv"}
+    kept = {"results.json", "evidence.csv", "run.json"}
+    assert names == kept | {"figure1_values.png", "table1_values.csv"}
     first = (directory / "results.json").read_bytes()
     results = json.loads(first)
     assert results["claims"]["gain"]["tests"]["mean"]["n"] == 20
@@ -64,7 +65,8 @@ def test_smoke_yields_no_verdict(bare):
     bare.reattend("run", "toy", "--profile", "smoke", check=True)
     results = json.loads((bare.results("toy", "smoke") / "results.json").read_text())
     assert "verdict" not in results["claims"]["gain"]
-    assert not (bare.root / "figures" / "theory" / "toy" / "verdicts.json").exists()
+    verdicts = bare.root / "figures" / "theory" / "toy" / "verdicts.json"
+    assert json.loads(verdicts.read_text()) == {}
 
 
 def test_overrides_do_not_touch_the_committed_results(bare):
