@@ -238,3 +238,14 @@ def test_edits_during_a_run_are_not_taken_for_what_ran(bare, path, old, new):
     bare.write_paper("toy", EXPERIMENT + edit)
     fails(bare.reattend("run", "toy", "--profile", "smoke"), 1, "edited while it ran")
     untouched()
+
+
+def test_what_a_record_does_not_declare_is_refused_at_smoke(bare):
+    use = "from reattend.data.prose import documents\ndocuments('needles')\n"
+    bare.write_paper("toy", use + EXPERIMENT)
+    done = bare.reattend("run", "toy", "--profile", "smoke")
+    assert done.returncode == 1
+    assert "cell 6" in done.stderr
+    assert "asset 'needles' is used, and `needs` of the record does not name it" in done.stderr
+    bare.write_paper("toy", use + EXPERIMENT, needs={"assets": ["needles"]})
+    bare.reattend("run", "toy", "--profile", "smoke", check=True)

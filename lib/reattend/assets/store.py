@@ -34,6 +34,7 @@ from reattend.locks import locked
 from reattend.project import load_yaml
 from reattend.sizes import NOTE, damage, note_sizes
 
+NEEDS_VARIABLE = "REATTEND_NEEDS"  # set by `reattend run` at smoke: what the paper declares
 SIZE_LIMIT = 10  # times a package's own size: more is never unpacked
 CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 
@@ -118,6 +119,7 @@ def asset_path(name: str) -> Path:
         AssetError: when it is missing or damaged; names the command that mends it.
     """
     asset = find(name)
+    check_declared(f"asset '{name}'", name)
     replacement = os.environ.get("REATTEND_ASSETS")
     if replacement:
         directory = Path(replacement) / name
@@ -135,6 +137,19 @@ def asset_path(name: str) -> Path:
     if problem:
         raise AssetError(f"asset '{name}' {problem}; run `reattend fetch {name}`")
     return directory
+
+
+def check_declared(what: str, name: str) -> None:
+    """Refuse what a paper uses without its record saying so; only where `reattend run` names its needs.
+
+    Raises:
+        AssetError: names the field of the record.
+    """
+    declared = os.environ.get(NEEDS_VARIABLE)
+    if declared is not None and name not in declared.split(","):
+        raise AssetError(
+            f"{what} is used, and `needs` of the record does not name it: add it there"
+        )
 
 
 def fetch(name: str) -> Path:
