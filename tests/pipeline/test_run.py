@@ -45,7 +45,7 @@ def test_a_run_writes_everything_and_again_the_same_bytes(bare):
     bare.reattend("run", "toy", "--profile", "cpu", check=True)
     directory = bare.results("toy")
     names = {p.name for p in directory.iterdir()}
-    assert names == {"results.json", "run.json", "figure1_values.png", "table1_values.csv"}
+    assert names == {"results.json", "evidence.csv", "run.json", "figure1_values.png", "table1_values.csv"}
     first = (directory / "results.json").read_bytes()
     results = json.loads(first)
     assert results["claims"]["gain"]["tests"]["mean"]["n"] == 20
