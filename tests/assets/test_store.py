@@ -159,6 +159,8 @@ def test_a_directory_replaces_fetching(registry, tmp_path, monkeypatch):
     (tmp_path / "mine/toy/pkg/a.txt").write_bytes(b"other")
     with pytest.raises(AssetError, match="wrong sha256"):
         fetch("toy")
+    with pytest.raises(AssetError, match=r"REATTEND_ASSETS names are not .* wrong sha256 of pkg/a"):
+        asset_path("toy")
     monkeypatch.setenv("REATTEND_ASSETS", str(tmp_path / "nowhere"))
     with pytest.raises(AssetError, match="has no directory 'toy'"):
         asset_path("toy")
@@ -170,6 +172,36 @@ def test_a_member_cannot_leave_its_directory(registry):
     )
     with pytest.raises(AssetError, match="would leave its directory"):
         fetch("toy")
+
+
+def test_a_package_that_unpacks_to_far_more_than_it_says_is_refused(registry, tmp_path):
+    registry(files=FILES | {"pkg/a.txt": bytes(1_100_000)})  # a zip file of a kilobyte
+    with pytest.raises(
+        AssetError, match=r"more than 10 times the 0.1 MB .* nothing of it was kept"
+    ):
+        fetch("toy")
+    assert not list((tmp_path / "cache").rglob("a.txt"))
+
+
+@pytest.mark.parametrize("manager", ["pip", "npm"])
+@pytest.mark.parametrize("harm", ["cut", "garbage", "flipped"])
+def test_a_damaged_package_is_refused_in_one_line(registry, monkeypatch, manager, harm):
+    registry(manager, FILES | {"pkg/a.txt": bytes(range(256)) * 400})
+    download = store._download
+
+    def harmed(name, asset, scratch):
+        package = download(name, asset, scratch)
+        data = bytearray(package.read_bytes())
+        data[len(data) // 3] ^= 255
+        spoilt = {"cut": data[: len(data) // 2], "garbage": b"no archive", "flipped": data}
+        package.write_bytes(spoilt[harm])
+        return package
+
+    monkeypatch.setattr(store, "_download", harmed)
+    with pytest.raises(AssetError) as caught:
+        fetch("toy")
+    assert "\n" not in str(caught.value)
+    assert "cannot be unpacked" in str(caught.value) or "refused" in str(caught.value)
 
 
 def test_hash_of_several_files_covers_names(tmp_path):

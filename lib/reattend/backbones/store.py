@@ -18,7 +18,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from reattend.assets.store import AssetError, asset_path, cache_directory, fetch, pinned
+from reattend.assets.store import (
+    AssetError,
+    asset_path,
+    cache_directory,
+    check_declared,
+    fetch,
+    pinned,
+)
 from reattend.fingerprints import digest, module_fingerprint
 from reattend.locks import locked
 from reattend.project import load_yaml
@@ -98,6 +105,7 @@ def backbone_path(name: str, profile: str = "cpu") -> Path:
         BackboneError, AssetError: when it is unknown, or something it is made from is missing.
     """
     directory = _directory(name, profile)
+    check_declared(f"backbone '{name}'", name)
     if damage(directory):
         build(name, profile)
     return directory

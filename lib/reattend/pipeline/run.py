@@ -13,10 +13,11 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from reattend.assets.store import NEEDS_VARIABLE
 from reattend.locks import Busy, locked
 from reattend.parameters import ParameterError, Parameters, profile_values, resolve
 from reattend.pipeline.errors import CommandError
-from reattend.pipeline.graph import check_needs
+from reattend.pipeline.graph import check_needs, needed_assets, needed_backbones
 from reattend.pipeline.isolation import isolation
 from reattend.pipeline.judge import judge_paper, write_verdicts
 from reattend.pipeline.needs import provide
@@ -143,6 +144,9 @@ def execute(
     parameters = {"profile": profile} | ({"overrides": overrides} if overrides else {})
     own = isolation(notebook.root / "build" / "ipython")
     variables = {"REATTEND_OUT": str(out)} | own | threads() | provisioner()
+    if profile == "smoke":  # before a long run is lost to it
+        record = load_record(notebook.path.with_suffix(".yaml"))
+        variables[NEEDS_VARIABLE] = ",".join([*needed_assets(record), *needed_backbones(record)])
     try:
         with _environment(**variables), _interruptible():
             papermill.execute_notebook(
