@@ -9,6 +9,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 from transformers.cache_utils import DynamicCache, StaticCache
 
@@ -176,17 +178,32 @@ def test_without_a_model_the_method_is_only_built():
 
 def test_sliding_window_layers_keep_the_models_own_attention(tokens):
     torch.manual_seed(0)
-    model = MistralForCausalLM(
-        MistralConfig(**SHAPE, sliding_window=20, initializer_range=0.2)
-    ).eval()
+    kinds = ["sliding_attention", "full_attention"]
+    config = Qwen2Config(
+        **SHAPE,
+        initializer_range=0.2,
+        use_sliding_window=True,
+        sliding_window=20,
+        max_window_layers=0,
+        layer_types=kinds,
+    )
+    model = Qwen2ForCausalLM(config).eval()
     mask = torch.ones_like(tokens)
     mask[0, :30] = 0
     expected = model(tokens, attention_mask=mask).logits
-    with attach(model, "block_topk", k=2, block_size=16) as method:
+    with attach(model, "block_topk", **EVERYTHING) as method:
         ours = model(tokens, attention_mask=mask).logits
-    torch.testing.assert_close(ours[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="no prefill"):
-        method.density()
+    torch.testing.assert_close(ours[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
+    assert method.densities().shape == (1, 9)
+
+
+def test_a_sliding_window_in_every_layer_is_refused(tokens):
+    model = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=20)).eval()
+    with (
+        attach(model, "block_topk", k=2, block_size=16),
+        pytest.raises(NotImplementedError, match=r"every layer .* sliding window \(20 tokens\)"),
+    ):
+        model(tokens)
 
 
 def test_wrong_methods_and_settings_are_refused(model):

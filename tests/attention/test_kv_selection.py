@@ -374,7 +374,9 @@ def test_h2o_starts_from_the_attention_of_the_whole_prompt():
 
 def test_streaming_cache_keeps_sinks_and_window():
     query, key, _ = tensors(keys=10)
-    chosen = StreamingCache(budget=5, sink=2).choose(query, key, None, scale=0.3)
+    method = StreamingCache(budget=5, sink=2)
+    state = method.begin(query, key, scale=0.3)
+    chosen = method.choose(query, key, state, scale=0.3)
     assert chosen[0, 0].int().tolist() == [1, 1, 0, 0, 0, 0, 0, 1, 1, 1]
 
 

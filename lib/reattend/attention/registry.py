@@ -1,4 +1,4 @@
-"""Names of the attention methods that can be attached to a model, and where each one lives.
+"""The attention methods that can be attached to a model: names, papers, and where each one lives.
 
 Methods are named by "module:Class" and imported when asked for, so that attaching one method does
 not import the others.
@@ -6,28 +6,173 @@ not import the others.
 
 import importlib
 import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from reattend.attention.method import AttentionMethod
+from reattend.attention.method import AttentionMethod, Budget, Phase
+
+
+class Registered(NamedTuple):
+    """Where a method lives and where it comes from.
+
+    Attributes:
+        path: "module:Class".
+        phase: what it makes sparse; the other one it reads densely.
+        title: what it does, in a few words.
+        paper: authors, venue and arXiv number; empty for what needs no citation.
+        needs: settings that have no default, and conditions on the model.
+    """
+
+    path: str
+    phase: Phase
+    title: str
+    paper: str = ""
+    needs: str = ""
+
+
+# How a setting that is a budget is annotated; as text under postponed annotations.
+_BUDGETS = (Budget, Budget | None, "Budget", "Budget | None")
+
+_BASELINES = "reattend.attention.baselines"
+_PAPERS = "reattend.long_context"
 
 METHODS = {
-    "dense": "reattend.attention.method:AttentionMethod",
-    "streaming_llm": "reattend.attention.baselines.streaming_llm:StreamingLLM",
-    "vertical_slash": "reattend.attention.baselines.vertical_slash:VerticalSlash",
-    "block_topk": "reattend.attention.baselines.block_topk:BlockTopK",
-    "oracle_topk": "reattend.attention.baselines.block_topk:OracleTopK",
-    "streaming_cache": "reattend.attention.baselines.cache_bounds:StreamingCache",
-    "snapkv": "reattend.attention.baselines.snapkv:SnapKV",
-    "ada_snapkv": "reattend.attention.baselines.snapkv:AdaSnapKV",
-    "h2o": "reattend.attention.baselines.h2o:H2O",
-    "quest": "reattend.attention.baselines.quest:Quest",
-    "oracle_cache": "reattend.attention.baselines.cache_bounds:OracleCache",
-    "flexprefill": "reattend.long_context.flexprefill:FlexPrefill",
-    "vertical_slash_tokens": "reattend.long_context.sparse_frontier:VerticalSlashTokens",
-    "flex_vertical_slash": "reattend.long_context.sparse_frontier:FlexVerticalSlash",
-    "seer_attention": "reattend.long_context.seer_attention:SeerAttention",
-    "recycled_attention": "reattend.long_context.recycled_attention:RecycledAttention",
-    "act": "reattend.long_context.act:ACT",
+    "dense": Registered(
+        "reattend.attention.method:AttentionMethod",
+        "prefill",
+        "dense attention, counted like the others",
+    ),
+    "flexprefill": Registered(
+        f"{_PAPERS}.flexprefill:FlexPrefill",
+        "prefill",
+        "a pattern and a budget for each head and input",
+        "Lai et al., ICLR 2025, arXiv 2502.20766",
+    ),
+    "seer_attention": Registered(
+        f"{_PAPERS}.seer_attention:SeerAttention",
+        "prefill",
+        "blocks chosen by small trained gates",
+        "Gao et al., NeurIPS 2025, arXiv 2410.13276",
+        "gates trained for the model; one of density, k, threshold; rotary embedding as in Llama; "
+        "position_ids with padding on the left",
+    ),
+    "streaming_llm": Registered(
+        f"{_BASELINES}.streaming_llm:StreamingLLM",
+        "prefill",
+        "the first tokens and a window",
+        "Xiao et al., ICLR 2024, arXiv 2309.17453",
+    ),
+    "vertical_slash": Registered(
+        f"{_BASELINES}.vertical_slash:VerticalSlash",
+        "prefill",
+        "fixed numbers of block columns and diagonals",
+        "Jiang et al. (MInference), NeurIPS 2024, arXiv 2407.02490",
+    ),
+    "vertical_slash_tokens": Registered(
+        f"{_PAPERS}.sparse_frontier:VerticalSlashTokens",
+        "prefill",
+        "fixed numbers of token columns and diagonals",
+        "Nawrot et al. (Sparse Frontier), 2025, arXiv 2504.17768",
+    ),
+    "flex_vertical_slash": Registered(
+        f"{_PAPERS}.sparse_frontier:FlexVerticalSlash",
+        "prefill",
+        "token columns and diagonals that cover a share of the mass",
+        "Nawrot et al. (Sparse Frontier), 2025, arXiv 2504.17768",
+    ),
+    "block_topk": Registered(
+        f"{_BASELINES}.block_topk:BlockTopK",
+        "prefill",
+        "blocks whose mean key fits the mean query best",
+        "Lu et al. (MoBA), 2025, arXiv 2502.13189",
+    ),
+    "oracle_topk": Registered(
+        f"{_BASELINES}.block_topk:OracleTopK",
+        "prefill",
+        "blocks of largest true mass: an upper bound that saves nothing",
+        needs="k or mass; k = 16 where neither is given",
+    ),
+    "act": Registered(
+        f"{_PAPERS}.act:ACT",
+        "prefill",
+        "weakens attention sinks; saves nothing",
+        "Yu et al., ICML 2024, arXiv 2406.15765",
+        "the heads to calibrate; every head where none are given",
+    ),
+    "quest": Registered(
+        f"{_BASELINES}.quest:Quest",
+        "decode",
+        "pages of the cache whose keys could score highest",
+        "Tang et al., ICML 2024, arXiv 2406.10774",
+    ),
+    "snapkv": Registered(
+        f"{_BASELINES}.snapkv:SnapKV",
+        "decode",
+        "entries that the end of the prompt attends to",
+        "Li et al., NeurIPS 2024, arXiv 2404.14469",
+    ),
+    "ada_snapkv": Registered(
+        f"{_BASELINES}.snapkv:AdaSnapKV",
+        "decode",
+        "the same, with capacity moved between heads",
+        "Feng et al. (Ada-KV), 2024, arXiv 2407.11550",
+    ),
+    "h2o": Registered(
+        f"{_BASELINES}.h2o:H2O",
+        "decode",
+        "entries that received most attention, and recent ones",
+        "Zhang et al., NeurIPS 2023, arXiv 2306.14048",
+    ),
+    "recycled_attention": Registered(
+        f"{_PAPERS}.recycled_attention:RecycledAttention",
+        "decode",
+        "what an earlier token attended to, renewed by full steps",
+        "Xu et al., 2024, arXiv 2411.05787",
+    ),
+    "streaming_cache": Registered(
+        f"{_BASELINES}.cache_bounds:StreamingCache",
+        "decode",
+        "the first entries and the most recent ones",
+        "Xiao et al., ICLR 2024, arXiv 2309.17453",
+    ),
+    "oracle_cache": Registered(
+        f"{_BASELINES}.cache_bounds:OracleCache",
+        "decode",
+        "entries of largest true weight: an upper bound",
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Described:
+    """One line of the table of methods.
+
+    Attributes:
+        name: what `attach` calls it.
+        phase: what it makes sparse: "prefill" (the prompt) or "decode" (new tokens).
+        title, paper, needs: see `Registered`.
+        source: file of the method, from the library's root.
+        settings: every setting with its default; `inspect.Parameter.empty` where it has none.
+        budgets: settings that take a number or, as a float, a share.
+        saves_from: least tokens of a prompt from which it saves with the defaults; None where it
+            never does, or cannot be built from defaults.
+    """
+
+    name: str
+    phase: Phase
+    title: str
+    paper: str
+    needs: str
+    source: str
+    settings: dict[str, Any]
+    budgets: tuple[str, ...]
+    saves_from: int | None
+
+
+def methods() -> list[Described]:
+    """All methods, those for prompts first: what README and the site print."""
+    return [_described(name, entry) for name, entry in METHODS.items()]
 
 
 def build_method(name: str, **settings) -> AttentionMethod:
@@ -35,15 +180,44 @@ def build_method(name: str, **settings) -> AttentionMethod:
 
     Raises:
         ValueError: the name is unknown, or a setting has a wrong value.
-        TypeError: the method has no such setting.
+        TypeError: the method has no such setting, or needs one that is not given.
     """
     if name not in METHODS:
         raise ValueError(f"unknown attention method {name!r}; known: {', '.join(sorted(METHODS))}")
-    module, class_name = METHODS[name].split(":")
-    method_class = getattr(importlib.import_module(module), class_name)
+    method_class = _imported(METHODS[name])
     known = inspect.signature(method_class).parameters
     wrong = sorted(set(settings) - set(known))
     if wrong:
         settings_known = ", ".join(known) or "none"
         raise TypeError(f"{name} has no setting {', '.join(wrong)}; it has: {settings_known}")
+    missing = [key for key in _without_default(known) if key not in settings]
+    if missing:
+        raise TypeError(f"{name} needs {', '.join(missing)} ({METHODS[name].needs})")
     return method_class(**settings)
+
+
+def _described(name: str, entry: Registered) -> Described:
+    method_class = _imported(entry)
+    known = inspect.signature(method_class).parameters
+    buildable = not _without_default(known)
+    module = entry.path.split(":")[0]
+    return Described(
+        name=name,
+        phase=entry.phase,
+        title=entry.title,
+        paper=entry.paper,
+        needs=entry.needs,
+        source=f"lib/{module.replace('.', '/')}.py",
+        settings={key: parameter.default for key, parameter in known.items()},
+        budgets=tuple(key for key, p in known.items() if p.annotation in _BUDGETS),
+        saves_from=method_class().saves_from(entry.phase) if buildable else None,
+    )
+
+
+def _imported(entry: Registered) -> Callable[..., AttentionMethod]:
+    module, class_name = entry.path.split(":")
+    return getattr(importlib.import_module(module), class_name)
+
+
+def _without_default(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    return [key for key, p in parameters.items() if p.default is inspect.Parameter.empty]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -197,14 +197,18 @@ class AttentionGates(nn.Module):
 
         Args:
             settings: of the constructor, besides the model's sizes and its rotary base.
+
+        Raises:
+            ValueError: the model's rotary embedding cannot be undone.
         """
-        config = model.config
+        config, rotary = model.config, rotary_of(model)
+        rotary.check(rotary.inv_freq, rotary.scaling)
         heads = config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,
             query_heads=heads,
             key_heads=getattr(config, "num_key_value_heads", heads),
-            dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            dim=head_width(config),
             **{"rotary_base": config.rope_parameters["rope_theta"], **settings},
         )
 
@@ -491,6 +495,7 @@ class Rotary(NamedTuple):
     apply: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     inv_freq: Float[Tensor, " half_dim"]
     scaling: float
+    width: int
 
     def check(self, inv_freq: Float[Tensor, " half_dim"], scaling: float) -> None:
         """Embeds a few vectors with the model's code and undoes it with `unrotate`.
@@ -499,15 +504,14 @@ class Rotary(NamedTuple):
             ValueError: other vectors come back: the embedding pairs neighbouring dimensions, covers
                 a part of the width only, or has other frequencies.
         """
-        dim, device = 2 * len(inv_freq), inv_freq.device
-        before = torch.linspace(-1, 1, 5 * dim, device=device).sin().view(1, 1, 5, dim)
+        device = self.inv_freq.device
+        before = torch.linspace(-9, 9, 5 * self.width, device=device).sin()
+        before = before.view(1, 1, 5, self.width)
+        if 2 * len(inv_freq) != self.width or 2 * len(self.inv_freq) != self.width:
+            raise ValueError(_WRONG_ROTARY)
         cosine, sine = self.module(before, torch.arange(3, 8, device=device)[None])
-        try:
-            after, _ = self.apply(before, before, cosine, sine)
-            gap = (unrotate(after, 3, inv_freq, scaling) - before).abs().max().item()
-        except (RuntimeError, ValueError) as error:  # another width
-            raise ValueError(_WRONG_ROTARY) from error
-        if not gap < 1e-3:
+        after, _ = self.apply(before, before, cosine, sine)
+        if not (unrotate(after, 3, inv_freq, scaling) - before).abs().max() < 1e-3:
             raise ValueError(_WRONG_ROTARY)
 
 
@@ -530,7 +534,13 @@ def rotary_of(model: nn.Module) -> Rotary:
     if len(modules) != 1 or apply is None or interleaved:
         raise ValueError(_WRONG_ROTARY)
     module = modules[0]
-    return Rotary(module, apply, module.inv_freq, getattr(module, "attention_scaling", 1.0))
+    scaling = getattr(module, "attention_scaling", 1.0)
+    return Rotary(module, apply, module.inv_freq, scaling, head_width(model.config))
+
+
+def head_width(config: Any) -> int:
+    """Width of the heads in a transformers configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 class SeerAttention(BlockSparseMethod):
