@@ -102,7 +102,7 @@ function startIndex(form) {
 
   function update() { show(field("profile").value); sort(); filter(); }
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("input", () => { update(); remember(); });
+  for (const kind of ["input", "change"]) form.addEventListener(kind, () => { update(); remember(); });
   recall();
   update();
 }
