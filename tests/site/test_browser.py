@@ -154,7 +154,7 @@ def test_a_question_is_answered_by_one_search(browser, address):
     assert visible(browser, ".paper h2") == ["judged"]
     (claim,) = visible(browser, ".claims li")
     assert claim.split("\n") == ["reproduced", "Toy attention keeps the score of dense attention"]
-    assert browser.find_element("id", "status").text == "1 of 2 papers, 1 claims"
+    assert browser.find_element("id", "status").text == "1 of 2 papers, 1 claim"
 
 
 def test_a_search_without_an_answer_says_so(browser, address):

@@ -63,7 +63,7 @@ function startIndex(form) {
       paper.narrow = narrow;
       if (visible) { shown += 1; claims += found; }
     }
-    field("status").textContent = `${shown} of ${papers.length} papers, ${claims} claims`;
+    field("status").textContent = `${shown} of ${papers.length} papers, ${claims} claim${claims === 1 ? "" : "s"}`;
     field("none").hidden = shown > 0;
   }
 
