@@ -63,7 +63,7 @@ function startIndex(form) {
       paper.narrow = narrow;
       if (visible) { shown += 1; claims += found; }
     }
-    field("status").textContent = `${shown} of ${papers.length} papers, ${claims} claims`;
+    field("status").textContent = `${shown} of ${papers.length} papers, ${claims} claim${claims === 1 ? "" : "s"}`;
     field("none").hidden = shown > 0;
   }
 
@@ -102,7 +102,7 @@ function startIndex(form) {
 
   function update() { show(field("profile").value); sort(); filter(); }
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("input", () => { update(); remember(); });
+  for (const kind of ["input", "change"]) form.addEventListener(kind, () => { update(); remember(); });
   recall();
   update();
 }
