@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from reattend.attention.registry import METHODS
 from reattend.evidence.samples import Points
 from reattend.findings import STATES, Table
 from reattend.pipeline.report import papers_of
@@ -190,6 +191,17 @@ def test_pages_link_to_nothing_that_is_missing(site):
     for page in pages:
         for link in re.findall(r'(?:href|src)="([^"#:]+)(?:#[^"]*)?"', page.read_text()):
             assert (page.parent / link).is_file(), f"{page.name}: {link}"
+
+
+def test_every_method_has_one_line_with_settings_source_and_limits(site):
+    page = (site / "methods.html").read_text()
+    lines = dict(re.findall(r'<tr id="(\w+)">(.*?)</tr>', page, re.DOTALL))
+    assert list(lines) == list(METHODS)
+    assert "<code>gamma=0.95</code>" in lines["flexprefill"]
+    assert "arXiv 2502.20766" in lines["flexprefill"]
+    assert "lib/reattend/long_context/flexprefill.py" in lines["flexprefill"]
+    assert "(required)" in lines["seer_attention"]
+    assert "new tokens" in lines["quest"]
 
 
 def test_a_failed_build_leaves_the_site_that_was_there(checkout, tmp_path, monkeypatch):

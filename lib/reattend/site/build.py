@@ -5,6 +5,7 @@ Everything a page needs lies inside the site; no page asks another host for anyt
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import struct
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from reattend.assets.store import fetch
+from reattend.attention.registry import methods
 from reattend.evidence.verdicts import plural
 from reattend.findings import (
     NOT_RUN,
@@ -29,7 +31,6 @@ from reattend.records import Claim, Record, Test
 from reattend.site.history import State, histories
 from reattend.site.intervals import Measured, effects_of, found_text, interval_svg
 from reattend.site.marks import MEANINGS, SIZE, class_of, shape
-from reattend.site.methods import methods
 from reattend.site.tables import reported_tables, tables
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -82,7 +83,7 @@ class _Pages:
             undefined=jinja2.StrictUndefined,
         )
         self._jinja.filters |= {"prose": _prose, "found": found_text, "size": _png_size}
-        self._jinja.filters["rounded"] = _rounded
+        self._jinja.filters |= {"rounded": _rounded, "default_text": _default_text}
         self._jinja.tests["number_like"] = _is_number
         self._jinja.globals |= {
             "papers": papers,
@@ -204,6 +205,11 @@ def _is_number(cell: str) -> bool:
 def _rounded(cell: str) -> str:
     """A table's cell; numbers with four significant digits."""
     return f"{float(cell):.4g}" if _is_number(cell) and "." in cell else cell
+
+
+def _default_text(default: object) -> str:
+    """A setting's default as a call would write it; what has none must be given."""
+    return " (required)" if default is inspect.Parameter.empty else f"={default!r}"
 
 
 def _png_size(path: Path) -> tuple[int, int]:
