@@ -13,7 +13,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import Tensor, nn
 from transformers import (
@@ -197,6 +197,9 @@ class _Attached:
 # The modules of all attached models.
 _OPEN: WeakKeyDictionary[nn.Module, _Attached] = WeakKeyDictionary()
 
+# By the identity of the attributes, which live as long as the stand-in that shares them.
+_STAND_INS: WeakValueDictionary[int, PreTrainedConfig] = WeakValueDictionary()
+
 
 def _configuration(module: nn.Module) -> PreTrainedConfig | None:
     config = module.__dict__.get("config")
@@ -208,9 +211,16 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _stand_in(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A configuration that shares every attribute with `config` but names the attached method."""
-    stand_in = object.__new__(_stand_in_class(type(config)))
-    stand_in.__dict__ = config.__dict__
+    """A configuration that shares every attribute with `config` but names the attached method.
+
+    One for each configuration, so that modules which share theirs still do.
+    """
+    attributes = config.__dict__
+    stand_in = _STAND_INS.get(id(attributes))
+    if stand_in is None:
+        stand_in = object.__new__(_stand_in_class(type(config)))
+        stand_in.__dict__ = attributes
+        _STAND_INS[id(attributes)] = stand_in
     return stand_in
 
 
