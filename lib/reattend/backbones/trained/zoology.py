@@ -111,7 +111,7 @@ CPU_TEXT = TextSetting(
 )  # fmt: skip
 GPU_TEXT = TextSetting(
     512, 96, 256, 32, 4,
-    {"Attention": ("attention", 128), "BaseConv": ("baseconv", 144), "BaseConv, large": ("baseconv", 320)},
+    {"Attention": ("attention", 128), "BaseConv": ("baseconv", 152), "BaseConv, large": ("baseconv", 352)},
     3000, 3e-3, 6, 300,
 )  # fmt: skip
 SETTINGS = {
