@@ -22,6 +22,8 @@ from reattend.language_modeling.zoology import (
     bigrams,
     causal_convolution,
     gap_share,
+    matched_mean,
+    positional_features,
     seen_before,
     taylor_features,
     top_positions,
@@ -371,3 +373,33 @@ def test_the_split_loses_nothing(seed):
     torch.testing.assert_close(total, torch.ones_like(total))
     by_hand = share * (losses - reference)[hits].mean() / (losses - reference).mean()
     torch.testing.assert_close(gap_share(losses, reference, hits), by_hand)
+
+
+def test_positional_features_turn_once_over_the_length():
+    features = positional_features(8)
+    torch.testing.assert_close(features[:, 0], torch.arange(8) / 7)
+    one = positional_features(8, bands=2)
+    angle = 2 * math.pi * torch.arange(8) / 8
+    torch.testing.assert_close(one[:, 2], angle.cos(), rtol=0, atol=1e-6)  # second band: once
+    torch.testing.assert_close(one[:, 4], -angle.sin(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(features[:, 1], (1e-4 * angle).cos(), rtol=0, atol=1e-6)
+
+
+def test_matched_mean_weighs_classes_as_the_places_do():
+    values = torch.tensor([1.0, 3.0, 10.0, 30.0, 50.0, 7.0])
+    classes = torch.tensor([0, 0, 1, 1, 1, 2])
+    places = torch.tensor([False, False, False, True, True, True])
+    others = torch.tensor([True, True, True, False, False, False])
+    # Class 1 alone holds both kinds.
+    assert matched_mean(values, places, others, classes) == 10
+    places = torch.tensor([False, True, False, True, True, True])
+    others = torch.tensor([True, False, True, False, False, False])
+    assert matched_mean(values, places, others, classes) == pytest.approx((1 + 2 * 10) / 3)
+    with pytest.raises(ValueError, match="no class holds both"):
+        matched_mean(values, places, torch.zeros(6).bool(), classes)
+
+
+def test_matched_mean_of_the_places_themselves_is_their_mean():
+    values, classes = normal(60), torch.randint(4, (60,))
+    places = normal(60, seed=1) > 0
+    torch.testing.assert_close(matched_mean(values, places, places, classes), values[places].mean())

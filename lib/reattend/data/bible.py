@@ -63,3 +63,21 @@ def plain(markup: str) -> str:
     text = re.sub(r"<(note|title)\b.*?</\1>", " ", markup, flags=re.DOTALL)
     text = re.sub(r"<[^>]*>|¶", "", text)
     return re.sub(r"\s+", " ", text).strip()
+
+
+def twice_told(length: int) -> list[str]:
+    """Passages of at least `length` words in which every verse comes twice: King James, then World English.
+
+    Consecutive verses, so a passage may run from one chapter or book into the next. What the second wording
+    says can be read in the first.
+    """
+    passages: list[str] = []
+    verses: list[str] = []
+    words = 0
+    for pair in aligned_verses():
+        verses.extend(pair)
+        words += sum(len(text.split()) for text in pair)
+        if words >= length:
+            passages.append(" ".join(verses))
+            verses, words = [], 0
+    return passages

@@ -122,7 +122,8 @@ class LongConvolution(nn.Module):
 class BaseConv(nn.Module):
     """Gated convolution: y = (x W + b) * (h conv x + bias), elementwise product (section 4).
 
-    `convolution` is a ShortConvolution or a LongConvolution of the same width.
+    `convolution` is a ShortConvolution or a LongConvolution of the same width. The official code adds x
+    to y, and the input to what its long convolution gives; the paper's equation has neither.
     """
 
     def __init__(self, width: int, convolution: nn.Module):
@@ -253,7 +254,7 @@ class LookUp(nn.Module):
     """Attention whose output is kept at selected positions: s_t * attention_t (section 5).
 
     * "full": s = 1 everywhere, plain attention.
-    * "random": a fixed random set of ceil(sqrt(N)) positions, N = `length`.
+    * "random": a fixed random set of ceil(sqrt(N)) positions, N = `length`: the placebo.
     * "programmatic": s_t = 1 where the token occurred earlier (all but the token `ignore`).
     * "learned": s_t = sigmoid(w . x_t + b), soft in training with the auxiliary loss
       0.001 relu(mean(s) - sqrt(N) / N); in evaluation only the ceil(sqrt(N)) highest s_t are kept.
@@ -352,3 +353,29 @@ def gap_share(
     """
     gap = losses - reference
     return gap[hits].sum() / gap.sum()
+
+
+def matched_mean(
+    values: Float[Tensor, "*places"],
+    places: Bool[Tensor, "*places"],
+    others: Bool[Tensor, "*places"],
+    classes: Int[Tensor, "*places"],
+) -> Float[Tensor, ""]:
+    """Mean of `values` at `others`, each class weighted as often as it occurs at `places`.
+
+    What the predictions at `places` are compared with when they shall differ from it in nothing but what
+    the classes do not say. Classes without `others` count on neither side.
+
+    Raises:
+        ValueError: when no class has both.
+    """
+    parts, weights = [], []
+    for kind in classes[places].unique():
+        same = classes == kind
+        if (same & others).any():
+            parts.append(values[same & others].mean())
+            weights.append((same & places).sum())
+    if not parts:
+        raise ValueError("no class holds both kinds of predictions")
+    weight = torch.stack(weights).to(values.dtype)
+    return (torch.stack(parts) * weight).sum() / weight.sum()
