@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from reattend.plots import MAX_BYTES, arm_points, number_grid, save_png
+from reattend.plots import MAX_BYTES, arm_points, number_grid, save_png, show_regions
 
 
 def drawn(scale=1.0):
@@ -52,4 +52,15 @@ def test_number_grid_writes_rows_down_and_columns_across():
     written = {text.get_position(): text.get_text() for text in axis.texts}
     assert written == {(0, 0): "1", (1, 0): "2", (0, 1): "3", (1, 1): "40"}
     assert axis.texts[-1].get_color() == "white"
+    plt.close("all")
+
+
+def test_regions_that_are_seen_stay_bright_and_are_framed_in_their_places():
+    _, axis = plt.subplots()
+    show_regions(axis, np.full((1, 8, 8), 255, np.uint8), [1, 6], 6, 4)
+    shown = axis.images[0].get_array()
+    assert shown.shape == (8, 8, 3)
+    assert [shown[0, 2, 0], shown[2, 4, 2], shown[0, 0, 0]] == [1, 1, pytest.approx(0.4)]
+    corners = [patch.get_xy() for patch in axis.patches]
+    assert corners == [(1.5, -0.5), (3.5, 1.5), (3.5, 1.5)]
     plt.close("all")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.rcsetup import cycler
 from PIL import Image
 
@@ -107,3 +108,28 @@ def number_grid(axis: Axes, values: np.ndarray, rows: Sequence, columns: Sequenc
     axis.set_xticks(range(len(columns)), [str(column) for column in columns])
     axis.set_yticks(range(len(rows)), [str(row) for row in rows])
     axis.grid(False)
+
+
+def show_regions(
+    axis: Axes, picture: np.ndarray, seen: Iterable[int], query: int, side: int, title: str = ""
+) -> None:
+    """A picture in side x side regions: the query's framed red, those it sees bright with orange frames.
+
+    Args:
+        picture: bytes, [channels, size, size], of 1 or 3 channels.
+        seen: numbers of regions, row by row.
+    """
+    channels, size = np.shape(picture)[:2]
+    cell = size // side
+    bright = np.full(side**2, 0.4)
+    bright[list(seen)] = 1.0
+    bright = bright.reshape(side, side).repeat(cell, 0).repeat(cell, 1)
+    shown = np.moveaxis(np.asarray(picture) / 255 * bright, 0, -1)
+    axis.imshow(shown.repeat(3 // channels, -1))
+    frames = [(region, COLOURS[1], 1) for region in seen] + [(query, "red", 2)]
+    for region, colour, line in frames:
+        row, column = divmod(int(region), side)
+        corner = (column * cell - 0.5, row * cell - 0.5)
+        axis.add_patch(Rectangle(corner, cell, cell, fill=False, edgecolor=colour, linewidth=line))
+    axis.set_title(title, fontsize=9)
+    axis.axis("off")

@@ -31,6 +31,7 @@ from reattend.vision.biformer import (
     least_attention,
     nearest_regions,
     partition,
+    random_groups,
     random_regions,
     region_affinity,
     route,
@@ -311,6 +312,18 @@ def test_nearest_and_random_regions():
 
 
 # The module ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_groups_are_closed(seed):
+    index = random_groups(4, 4, rng(seed))
+    groups = [frozenset(row) for row in index.tolist()]
+    assert all(region in group for region, group in enumerate(groups))
+    assert len(set(groups)) == 4
+    assert all(len(group) == 4 for group in groups)
+    assert not torch.equal(index, random_groups(4, 4, rng(seed + 1)))
+    with pytest.raises(ValueError, match="16 regions cannot be dealt into groups of 5"):
+        random_groups(4, 5, rng(0))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -353,6 +353,42 @@ def test_windows_are_the_haloed_blocks(geometry):
     torch.testing.assert_close(windows[:, -1, -1], last)
 
 
+@pytest.mark.parametrize("halo", [1, 2])
+def test_a_wrapped_halo_shows_the_pixels_of_its_own_block_only(halo):
+    x = torch.arange(36.0).view(6, 6, 1)
+    windows, blocks = gather_windows(x, 3, halo, wrap=True), split_blocks(x, 3)
+    for i, j in itertools.product(range(3 + 2 * halo), repeat=2):
+        assert torch.equal(windows[:, :, i, j], blocks[:, :, (i - halo) % 3, (j - halo) % 3])
+    inputs = tensors(6, 6, 3, halo)
+    inputs[1].data[:, :, :3, 3:] = 0.0  # keys and values of another block
+    inputs[2].data[:, :, :3, 3:] = 0.0
+    again = tensors(6, 6, 3, halo)
+    ours, theirs = (
+        halo_attention(*some[:3], 3, halo, some[3], wrap=True)[:, :, :3, :3]
+        for some in (inputs, again)
+    )
+    assert torch.equal(ours, theirs)
+
+
+def test_a_wrapped_halo_of_whole_blocks_weighs_like_none():
+    queries, keys, values, _ = tensors(6, 6, 3, 3)
+    wrapped = halo_attention(queries, keys, values, 3, 3, wrap=True)
+    torch.testing.assert_close(wrapped, halo_attention(queries, keys, values, 3, 0))
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_weights_are_those_that_make_the_output(wrap):
+    torch.manual_seed(0)
+    layer = HaloAttention(6, 2, 4, 2, wrap=wrap).double()
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    weights = layer.weights(x)
+    assert weights.shape == (2, 2, 8, 8, 64)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 8, 8, dtype=torch.float64))
+    values = layer.value(x).unflatten(1, (2, 3)).flatten(3)
+    out = torch.einsum("nhijp,nhdp->nhdij", weights, values).flatten(1, 2)
+    torch.testing.assert_close(out, layer(x))
+
+
 def test_axis_mask_of_a_small_map():
     rows = axis_mask(4, 2, 1).int().tolist()
     assert rows == [[[0, 1, 1, 1]] * 2, [[1, 1, 1, 0]] * 2]

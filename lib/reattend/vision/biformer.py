@@ -181,6 +181,22 @@ def random_regions(side: int, topk: int, generator: torch.Generator) -> Int[Tens
     return torch.rand(side**2, side**2, generator=generator).topk(topk, dim=-1).indices
 
 
+def random_groups(side: int, size: int, generator: torch.Generator) -> Int[Tensor, "regions size"]:
+    """The regions, dealt at random into groups of `size`; each sees its own group.
+
+    A layer more lets no region hear from another group, unlike tables that are drawn for every layer.
+
+    Raises:
+        ValueError: the groups cannot be of one size.
+    """
+    if side**2 % size:
+        raise ValueError(f"{side**2} regions cannot be dealt into groups of {size}")
+    groups = torch.randperm(side**2, generator=generator).view(-1, size)
+    index = torch.empty(side**2, size, dtype=torch.long)
+    index[groups.flatten()] = groups.repeat_interleave(size, 0)
+    return index
+
+
 def dense(
     query: Float[Tensor, "batch height width channels"],
     key: Float[Tensor, "batch height width channels"],
