@@ -22,6 +22,7 @@ from reattend.pipeline.notice import render_notice
 from reattend.pipeline.report import MATRIX, SCOREBOARD, papers_of, readme_with_results, scoreboard
 from reattend.records import FAMILIES, record_paths
 from reattend.site.matrix import matrix_svg
+from tests.test_papers import UNFINISHED
 
 SIZE_LIMIT = 1_000_000
 LINE_LIMIT = 620  # of code in one notebook; 400 is what to aim for
