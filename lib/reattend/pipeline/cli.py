@@ -148,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("papers", nargs="*", metavar="paper", help="default: all")
     compare.add_argument("--ref", default="HEAD", help="Git revision (default: HEAD)")
 
+    attest = add("attest", _attest, "let results stand whose code has changed, if smoke agrees")
+    attest.add_argument(
+        "papers", nargs="*", metavar="paper", help="default: all whose results other code has made"
+    )
+    attest.add_argument("--ref", default="HEAD", help="commit of that code (default: HEAD)")
+
     add("sync", _sync, "generate dvc.yaml and NOTICE.md from records and catalogues")
     add("fingerprint", _fingerprint, "hash what each paper's results depend on (used by DVC)")
 
@@ -376,6 +382,12 @@ def _compare(options: argparse.Namespace) -> int:
 
     root = _root()
     return compare(root, options.papers, _profile(root, None), options.ref)
+
+
+def _attest(options: argparse.Namespace) -> int:
+    from reattend.pipeline.attest import attest
+
+    return attest(_root(), options.papers, options.ref)
 
 
 def _sync(options: argparse.Namespace) -> None:

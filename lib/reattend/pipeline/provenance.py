@@ -1,4 +1,4 @@
-"""What a paper's results depend on, all together, and the two hashes of it that run.json keeps."""
+"""What a paper's results depend on, all together, the hashes of it that run.json keeps, and their chain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from reattend.assets.store import pinned
 from reattend.backbones.store import made_from
 from reattend.fingerprints import ANALYSES, code_fingerprint, digest, pinned_versions
 from reattend.parameters import load_params, profile_values
-from reattend.project import load_yaml
+from reattend.project import load_yaml, read_json, results_directory
 from reattend.records import record_paths
 
 ANALYSED = "build/syntax.json"  # saves analysing what has not changed
@@ -55,3 +55,57 @@ def fingerprint(root: Path, notebook: Path, profile: str) -> dict[str, str]:
         "code": digest(paper_code(root, notebook)),
         "parameters": digest(profile_values(root, notebook.stem, profile)),
     }
+
+
+# The chain from a run to today's code -----------------------------------------------------------------
+
+TODAY = "made by today's code, or by code attested to be the same"
+BEFORE = "made before provenance was kept"
+OTHER_CODE = "made by other code"
+OTHER_PARAMETERS = "made with other parameters"
+
+
+def standing(root: Path, notebook: Path, profile: str) -> str | None:
+    """How a paper's results at `profile` stand to the code and parameters of today; None without results.
+
+    Raises:
+        FileError: run.json or attested.json is damaged.
+    """
+    family, slug = notebook.parent.name, notebook.stem
+    try:
+        facts = read_json(results_directory(root, family, slug, profile) / "run.json")
+    except FileNotFoundError:
+        return None
+    made_under = facts.get("fingerprint")
+    if made_under is None:
+        return BEFORE
+    now = fingerprint(root, notebook, profile)
+    if made_under["parameters"] != now["parameters"]:
+        return OTHER_PARAMETERS
+    return (
+        TODAY if now["code"] in attested_equal(root, notebook, made_under["code"]) else OTHER_CODE
+    )
+
+
+def attested_path(root: Path, notebook: Path) -> Path:
+    """Where a paper keeps which of its fingerprints were attested to give the same results."""
+    return root / "figures" / notebook.parent.name / notebook.stem / "attested.json"
+
+
+def attested(root: Path, notebook: Path) -> list[dict[str, str]]:
+    """The links of a paper's chain: `old` and `new` fingerprint, and the hash of the smoke results."""
+    try:
+        return read_json(attested_path(root, notebook))["links"]
+    except FileNotFoundError:
+        return []
+
+
+def attested_equal(root: Path, notebook: Path, code: str) -> set[str]:
+    """`code`, and every later fingerprint that the chain leads to from it."""
+    links, known, waiting = attested(root, notebook), set(), [code]
+    while waiting:
+        known.add(here := waiting.pop())
+        waiting += [
+            link["new"] for link in links if link["old"] == here and link["new"] not in known
+        ]
+    return known

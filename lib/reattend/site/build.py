@@ -26,6 +26,7 @@ from reattend.findings import (
     count_line,
     read_papers,
 )
+from reattend.pipeline.provenance import BEFORE
 from reattend.presentation import margins_text
 from reattend.records import Claim, Record, Test
 from reattend.site.history import State, histories
@@ -189,9 +190,10 @@ def _prose(text: str) -> Markup:
 
 
 def _ran(run: Run) -> str:
-    """Where and how long a run ran."""
+    """Where and how long a run ran, and whether it can be told by which code."""
     facts = run.facts
-    return f"Profile {run.profile}: {facts['seconds']:.0f} s on {facts['device']}."
+    older = "" if "fingerprint" in facts else f"; {BEFORE}"
+    return f"Profile {run.profile}: {facts['seconds']:.0f} s on {facts['device']}{older}."
 
 
 def _is_number(cell: str) -> bool:
