@@ -86,12 +86,12 @@ class AttentionMethod:
         self,
         query: Float[Tensor, "batch query_heads queries dim"],
         key: Float[Tensor, "batch key_heads keys dim"],
-        value: Float[Tensor, "batch key_heads keys dim"],
+        value: Float[Tensor, "batch key_heads keys value_dim"],
         *,
         scale: float,
         layer: int,
         padding: Bool[Tensor, "batch keys"] | None = None,
-    ) -> Float[Tensor, "batch query_heads queries dim"]:
+    ) -> Float[Tensor, "batch query_heads queries value_dim"]:
         """Attention of a prompt, or of a chunk behind a cache (queries < keys).
 
         Tokens that arrive several at once are a chunk, also the candidates of assisted decoding.
@@ -121,13 +121,13 @@ class AttentionMethod:
         self,
         query: Float[Tensor, "batch query_heads 1 dim"],
         key: Float[Tensor, "batch key_heads keys dim"],
-        value: Float[Tensor, "batch key_heads keys dim"],
+        value: Float[Tensor, "batch key_heads keys value_dim"],
         *,
         scale: float,
         layer: int,
         padding: Bool[Tensor, "batch keys"] | None = None,
         cache: CacheView | None = None,
-    ) -> Float[Tensor, "batch query_heads 1 dim"]:
+    ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
         """Attention of one new token over the cache."""
         return self._dense(query, key, value, scale, layer, padding, phase="decode")
 
@@ -279,12 +279,12 @@ class BlockSparseMethod(AttentionMethod, ABC):
         self,
         query: Float[Tensor, "batch query_heads queries dim"],
         key: Float[Tensor, "batch key_heads keys dim"],
-        value: Float[Tensor, "batch key_heads keys dim"],
+        value: Float[Tensor, "batch key_heads keys value_dim"],
         *,
         scale: float,
         layer: int,
         padding: Bool[Tensor, "batch keys"] | None = None,
-    ) -> Float[Tensor, "batch query_heads queries dim"]:
+    ) -> Float[Tensor, "batch query_heads queries value_dim"]:
         """Attention over the selected blocks; causal by tokens inside the diagonal blocks."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -307,9 +307,9 @@ def per_sequence(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     query: Float[Tensor, "batch query_heads queries dim"],
     key: Float[Tensor, "batch key_heads keys dim"],
-    value: Float[Tensor, "batch key_heads keys dim"],
+    value: Float[Tensor, "batch key_heads keys value_dim"],
     padding: Bool[Tensor, "batch keys"] | None,
-) -> Float[Tensor, "batch query_heads queries dim"]:
+) -> Float[Tensor, "batch query_heads queries value_dim"]:
     """Runs `attend` on each sequence cut to its real tokens; on the batch when none is padded.
 
     Padded queries return zeros. So a sequence in a padded batch is computed exactly as it is alone:

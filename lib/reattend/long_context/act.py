@@ -76,12 +76,12 @@ class ACT(AttentionMethod):
         self,
         query: Float[Tensor, "batch query_heads queries dim"],
         key: Float[Tensor, "batch key_heads keys dim"],
-        value: Float[Tensor, "batch key_heads keys dim"],
+        value: Float[Tensor, "batch key_heads keys value_dim"],
         *,
         scale: float,
         layer: int,
         padding: Bool[Tensor, "batch keys"] | None = None,
-    ) -> Float[Tensor, "batch query_heads queries dim"]:
+    ) -> Float[Tensor, "batch query_heads queries value_dim"]:
         """Dense attention, with the chosen heads of this layer calibrated.
 
         Raises:
@@ -135,12 +135,12 @@ class SinkSurvey(AttentionMethod):
         self,
         query: Float[Tensor, "batch query_heads queries dim"],
         key: Float[Tensor, "batch key_heads keys dim"],
-        value: Float[Tensor, "batch key_heads keys dim"],
+        value: Float[Tensor, "batch key_heads keys value_dim"],
         *,
         scale: float,
         layer: int,
         padding: Bool[Tensor, "batch keys"] | None = None,
-    ) -> Float[Tensor, "batch query_heads queries dim"]:
+    ) -> Float[Tensor, "batch query_heads queries value_dim"]:
         """Dense attention.
 
         Raises:

@@ -412,12 +412,12 @@ class Distillation(AttentionMethod):
         self,
         query: Float[Tensor, "batch query_heads queries dim"],
         key: Float[Tensor, "batch key_heads keys dim"],
-        value: Float[Tensor, "batch key_heads keys dim"],
+        value: Float[Tensor, "batch key_heads keys value_dim"],
         *,
         scale: float,
         layer: int,
         padding: Bool[Tensor, "batch keys"] | None = None,
-    ) -> Float[Tensor, "batch query_heads queries dim"]:
+    ) -> Float[Tensor, "batch query_heads queries value_dim"]:
         """Dense attention; keeps the pooled vectors and the truth of the layer.
 
         Raises:

@@ -100,12 +100,12 @@ class LineMethod(AttentionMethod, ABC):
         self,
         query: Float[Tensor, "batch query_heads queries dim"],
         key: Float[Tensor, "batch key_heads keys dim"],
-        value: Float[Tensor, "batch key_heads keys dim"],
+        value: Float[Tensor, "batch key_heads keys value_dim"],
         *,
         scale: float,
         layer: int,
         padding: Bool[Tensor, "batch keys"] | None = None,
-    ) -> Float[Tensor, "batch query_heads queries dim"]:
+    ) -> Float[Tensor, "batch query_heads queries value_dim"]:
         """Attention over the union of the kept lines; the record counts pairs of tokens."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
