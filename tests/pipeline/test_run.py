@@ -200,7 +200,7 @@ def test_a_stopped_run_ends_its_kernel_and_changes_nothing(bare, number):
     process.send_signal(number)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert "earlier results are untouched" in errors
+    assert errors == "\nreattend: stopped; earlier results are untouched\n"
     untouched()
     kernel_ends(bare)
 

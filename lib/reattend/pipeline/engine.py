@@ -32,11 +32,20 @@ class _Manager(NotebookExecutionManager):
 
 
 class _OwnPython(AsyncKernelManager):
-    """Starts kernels of this very Python: a user's other "python3" kernelspec may come first."""
+    """Starts kernels of this very Python: a user's other "python3" kernelspec may come first.
+
+    What a kernel writes past Jupyter, such as its last words when Ctrl-C ends it, goes into a file.
+    """
+
+    last_words: Path  # set by a subclass for each run
 
     @default("kernel_spec_manager")
     def _kernel_spec_manager_default(self) -> KernelSpecManager:
         return KernelSpecManager(kernel_dirs=[])
+
+    async def start_kernel(self, **options) -> None:
+        with self.last_words.open("w") as file:
+            await super().start_kernel(stderr=file, **options)
 
 
 class _Engine(NBClientEngine):
@@ -53,7 +62,11 @@ class _Engine(NBClientEngine):
                 manager,
                 kernel_name,
                 log_output=log_output,
-                kernel_manager_class=_OwnPython,
+                kernel_manager_class=type(
+                    "OwnPython",
+                    (_OwnPython,),
+                    {"last_words": Path(output_path).with_suffix(".stderr")},
+                ),
                 **options,
             )
         finally:

@@ -139,7 +139,8 @@ def execute(
     from reattend.pipeline import engine
     from reattend.pipeline.warm_kernels import provisioner
 
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the raised error says it better
+    for name in ("papermill", "asyncio"):  # the raised error says it better
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     executed.parent.mkdir(parents=True, exist_ok=True)
     parameters = {"profile": profile} | ({"overrides": overrides} if overrides else {})
     own = isolation(notebook.root / "build" / "ipython")
