@@ -6,7 +6,7 @@ beam or in a row.
 """
 
 import functools
-import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ import transformers as T
 from transformers.cache_utils import DynamicCache
 
 from reattend.attention.host import attach
-from reattend.attention.registry import METHODS, methods
+from reattend.attention.registry import METHODS, methods, table
 from reattend.long_context.seer_attention import AttentionGates
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*left nothing out")
 
 BASE = {
     "vocab_size": 97,
@@ -157,8 +159,7 @@ def ways_to_read():
 @pytest.fixture(autouse=True)
 def quiet():
     T.logging.set_verbosity_error()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "left nothing out")
+    with torch.no_grad():
         yield
 
 
@@ -276,14 +277,46 @@ def test_gates_refuse_what_they_cannot_undo(architecture):
         AttentionGates.for_model(built(architecture))
 
 
-def test_the_table_of_methods():
-    table = {entry.name: entry for entry in methods()}
-    assert list(table) == list(METHODS)
-    assert table["quest"].saves_from == 1040
-    assert table["flexprefill"].saves_from == 1025
-    assert table["seer_attention"].saves_from is None
-    assert table["quest"].budgets == ("budget",)
-    assert table["vertical_slash"].budgets == ("verticals", "slashes")
-    assert table["vertical_slash_tokens"].budgets == ("lines",)
-    assert table["quest"].settings == {"budget": 1024, "page": 16}
-    assert table["act"].source == "lib/reattend/long_context/act.py"
+def test_the_methods_and_their_settings():
+    by_name = {entry.name: entry for entry in methods()}
+    assert list(by_name) == list(METHODS)
+    assert by_name["quest"].saves_from == 1040
+    assert by_name["flexprefill"].saves_from == 1025
+    assert by_name["seer_attention"].saves_from is None
+    assert by_name["quest"].budgets == ("budget",)
+    assert by_name["vertical_slash"].budgets == ("verticals", "slashes")
+    assert by_name["vertical_slash_tokens"].budgets == ("lines",)
+    assert by_name["quest"].settings == {"budget": 1024, "page": 16}
+    assert by_name["act"].source == "lib/reattend/long_context/act.py"
+
+
+# README
+
+
+def section():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    return text.split("## Use a method on your own model")[1].split("\n## ")[0]
+
+
+def test_the_table_in_the_readme_is_that_of_the_registry():
+    """Else: print(reattend.attention.registry.table()) between its marks."""
+    assert section().split("<!-- methods -->\n")[1].split("\n<!-- /methods -->")[0] == table()
+
+
+def test_the_readme_runs_as_it_stands(monkeypatch):
+    monkeypatch.setattr(T.AutoModelForCausalLM, "from_pretrained", lambda path: built("llama"))
+    names = {"input_ids": tokens(rows=1), "questions": [tokens(3, 1, 5), tokens(4, 1, 5)]}
+    exec(section().split("```python")[1].split("```")[0], names)
+    assert [answer.tokens.shape[1] for answer in names["answers"]] == [5, 5]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_of_the_readme_attaches_with_its_defaults(name):
+    model = built("llama")
+    needed = {"gates": gates("llama"), "density": 0.5} if name == "seer_attention" else {}
+    with attach(model, name, **needed) as method:
+        read(model, tokens(), tokens(2, length=STEPS))
+    assert 0 < method.density() <= 1
+    if name == "seer_attention":
+        with pytest.raises(TypeError, match=r"seer_attention needs gates .gates trained for the"):
+            attach(model, name).__enter__()

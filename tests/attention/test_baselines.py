@@ -10,7 +10,11 @@ from reattend.attention.baselines.block_topk import (
     pooled_scores,
 )
 from reattend.attention.baselines.streaming_llm import StreamingLLM
-from reattend.attention.baselines.vertical_slash import VerticalSlash, vertical_slash_blocks
+from reattend.attention.baselines.vertical_slash import (
+    VerticalSlash,
+    last_weights,
+    vertical_slash_blocks,
+)
 from reattend.attention.blocks import causal_block_mask, pool_blocks
 from reattend.attention.dense import dense_attention
 from reattend.attention.statistics import block_mass
@@ -146,3 +150,31 @@ def test_oracle_takes_one_budget():
     with pytest.raises(ValueError, match="either k or mass"):
         OracleTopK(k=3, mass=0.5)
     assert OracleTopK().k == 16
+
+
+def two_tokens():
+    """Two keys whose scores for the last query are 0 and 2 before the scale."""
+    query, key = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4)
+    query[..., -1, 0], key[..., 1, 0] = 2, 1
+    return query, key
+
+
+def test_last_weights_are_those_of_the_scale():
+    weights = last_weights(*two_tokens(), 1, 0.5)
+    odds = torch.tensor([1.0, torch.e])  # exp(0.5 * 0), exp(0.5 * 2)
+    torch.testing.assert_close(weights[0, 0, 0], odds / odds.sum())
+
+
+def test_the_scale_decides_what_vertical_slash_selects():
+    """One column against two: sharp weights favour the single strong key, flat ones the two weak."""
+    query, key = torch.zeros(1, 1, 12, 4), torch.zeros(1, 1, 12, 4)
+    query[:, :, -1, 0] = 1
+    key[:, :, 2, 0] = 2.0  # block 1: one strong key
+    key[:, :, 4:6, 0] = 1.5  # block 2: two weaker ones
+    method = VerticalSlash(verticals=2, slashes=1, last_queries=1, block_size=2)
+    columns = {
+        scale: method.select(query, key, scale=scale, layer=0)[0, 0, -1, 1:3].tolist()
+        for scale in (1.0, 3.0)
+    }
+    # exp(2 s) + 1 against 2 exp(1.5 s): the two swap at s = 1.76.
+    assert columns == {1.0: [False, True], 3.0: [True, False]}

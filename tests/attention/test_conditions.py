@@ -29,6 +29,10 @@ from reattend.long_context.act import ACT
 from reattend.long_context.recycled_attention import RecycledAttention
 from reattend.long_context.seer_attention import AttentionGates
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*left nothing out", "ignore:.gradient_checkpointing_enable. is deprecated"
+)
+
 SHAPE = {
     "vocab_size": 97,
     "hidden_size": 72,

@@ -19,6 +19,8 @@ from reattend.attention.baselines.streaming_llm import StreamingLLM
 from reattend.attention.host import attach
 from reattend.attention.method import AttentionMethod
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*left nothing out")
+
 SHAPE = {
     "vocab_size": 97,
     "hidden_size": 72,

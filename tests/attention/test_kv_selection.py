@@ -22,6 +22,8 @@ from reattend.attention.kv_selection import (
 from reattend.attention.method import AttentionMethod
 from reattend.attention.registry import build_method
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*left nothing out")
+
 STEPS, LENGTH = 32, 61
 SNAP = {"window": 8, "kernel": 3, "recent": 4, "sink": 2}
 # Each method with room for everything, and with little room.

@@ -175,6 +175,35 @@ def methods() -> list[Described]:
     return [_described(name, entry) for name, entry in METHODS.items()]
 
 
+def table() -> str:
+    """The methods as a table in Markdown."""
+    phases = {"prefill": "prompt", "decode": "new tokens"}
+    lines = [
+        "| method | makes sparse | keeps | paper | settings (*: a number, or a share as a float) "
+        "| saves from | needs |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in methods():
+        settings = ", ".join(
+            f"{key}{'*' if key in entry.budgets else ''}"
+            + ("" if default is inspect.Parameter.empty else f" = {default}")
+            for key, default in entry.settings.items()
+            if key != "backend"
+        )
+        saves = "" if entry.saves_from is None else f"{entry.saves_from:,} tokens"
+        cells = [
+            f"[{entry.name}]({entry.source})",
+            phases[entry.phase],
+            entry.title,
+            entry.paper,
+            settings,
+            saves,
+            entry.needs,
+        ]
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    return "\n".join(lines)
+
+
 def build_method(name: str, **settings) -> AttentionMethod:
     """Builds the method called `name` with its keyword settings.
 
