@@ -14,6 +14,7 @@ from reattend.attention.baselines.vertical_slash import (
     VerticalSlash,
     last_weights,
     vertical_slash_blocks,
+    vertical_slash_mass,
 )
 from reattend.attention.blocks import causal_block_mask, pool_blocks
 from reattend.attention.dense import dense_attention
@@ -87,6 +88,33 @@ def test_vertical_slash_finds_a_planted_diagonal():
     expected = torch.eye(8, dtype=torch.bool) | torch.diag(torch.ones(6), -2).bool()
     expected[:, 0] = True
     assert torch.equal(blocks, expected)
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.35, 2.0])
+def test_vertical_slash_weights_are_softmax_at_the_given_scale(scale):
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(1, 2, 40, 8, generator=generator) for _ in range(2))
+    future = torch.ones(40, 40, dtype=torch.bool).triu(1)
+    scores = (scale * query @ key.transpose(-2, -1)).masked_fill(future, -torch.inf)
+    expected = scores.softmax(dim=-1)[:, :, -10:]
+    weights = last_weights(query, key, 10, scale)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+    vertical, slash = vertical_slash_mass(weights, SIZE)
+    # Each of the ten queries spreads a mass of one.
+    torch.testing.assert_close(vertical.sum(-1), torch.full((1, 2), 10.0))
+    torch.testing.assert_close(slash.sum(-1), torch.full((1, 2), 10.0))
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.6])
+def test_vertical_slash_selects_at_the_scale_it_is_given(scale):
+    """At a small scale many weak keys outweigh one strong key; at a large one it wins."""
+    query, key = torch.zeros(1, 1, 128, 8), torch.zeros(1, 1, 128, 8)
+    query[..., 0] = 1
+    key[0, 0, 50, 0] = 5  # one strong key in block 3
+    key[0, 0, 80:96, 0] = 1  # sixteen weak ones in block 5
+    made = VerticalSlash(verticals=2, slashes=1, last_queries=16, block_size=SIZE)
+    columns = made.block_mask(query, key, scale=scale)[0, 0, -1].nonzero().flatten().tolist()
+    assert columns == [0, 3 if scale == 0.6 else 5, 7]
 
 
 def test_vertical_slash_union_behind_a_cache():
