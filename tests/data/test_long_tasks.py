@@ -143,3 +143,5 @@ def test_position_nll_is_the_loss_of_each_next_token():
     for row, place in ((0, 0), (2, 7), (1, 3)):
         expected = F.cross_entropy(logits[row, place], tokens[row, place + 1])
         torch.testing.assert_close(nll[row, place], expected)
+    torch.testing.assert_close(position_nll(model, tokens, every=3), nll[:, ::3])
+    torch.testing.assert_close(position_nll(model, tokens[:, :8], every=3), nll[:, :7:3])

@@ -296,13 +296,15 @@ def prose_windows(
 
 @torch.inference_mode()
 def position_nll(
-    model: nn.Module, tokens: Int[Tensor, "batch length"]
-) -> Float[Tensor, "batch length-1"]:
-    """Negative log-likelihood of every token after the first, in nats.
+    model: nn.Module, tokens: Int[Tensor, "batch length"], every: int = 1
+) -> Float[Tensor, "batch positions"]:
+    """Negative log-likelihood of the tokens after positions 0, `every`, 2 `every`, ..., in nats.
 
-    Call it inside `attach` for the loss of a prefill method.
+    Call it inside `attach` for the loss of a prefill method. With `every` above 1 the products with
+    the vocabulary at the other positions are saved, a fifth of the time of a small model.
     """
-    logits, following = model(tokens).logits[:, :-1].float(), tokens[:, 1:]
+    asked = torch.arange(0, tokens.shape[1] - 1, every, device=tokens.device)
+    logits, following = model(tokens, logits_to_keep=asked).logits.float(), tokens[:, asked + 1]
     # Flat, with the classes last: over another axis torch sums tens of thousands of them naively.
     nll = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
     return nll.view_as(following)
