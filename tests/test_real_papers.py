@@ -25,7 +25,7 @@ def copy(tmp_path_factory):
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.egg-info")
     for name in ("lib", "notebooks"):
         shutil.copytree(ROOT / name, checkout.root / name, ignore=ignore)
-    for name in ("params.yaml", "dvc.yaml", ".dvcignore", ".gitignore"):
+    for name in ("params.yaml", "dvc.yaml", "constraints.txt", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, checkout.root)
     checkout.run("git", "init", "-q", check=True)
     checkout.run(sys.executable, "-m", "dvc", "init", "-q", check=True)
