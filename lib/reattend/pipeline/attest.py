@@ -63,6 +63,7 @@ def attest(root: Path, papers: list[str], ref: str) -> int:
     stale = [path for path in notebooks if _bridgeable(root, path)]
     for path in [path for path in notebooks if papers and path not in stale]:
         print(f"{path.stem}: nothing to attest: {_say(root, path)}")
+        _tell_dvc(root, path)  # `reattend run` may have made them without DVC
     refused = 0
     try:
         with locked(root / "build" / "locks" / "repro.lock", wait=False):
@@ -159,7 +160,7 @@ def _smoke(root: Path, path: Path) -> dict[str, bytes]:
 
 
 def _tell_dvc(root: Path, notebook: Path) -> None:
-    """Let dvc.lock name the new fingerprint, if the results that DVC knows now stand."""
+    """Let dvc.lock name the present fingerprint and results, if these stand."""
     profile = load_params(root)["profile"]
     if standing(root, notebook, profile) != TODAY:
         return
