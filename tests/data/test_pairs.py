@@ -45,7 +45,7 @@ def test_markup_is_taken_out():
 
 
 def test_verse_pairs_are_balanced_and_their_neighbourhoods_apart():
-    assert verse_pairs().targets.mean() == 0.5
+    assert verse_pairs().targets.mean() == pytest.approx(0.5, abs=0.002)
     pairs = verse_pairs(longest=25)
     assert 0.4 < pairs.targets.mean() < 0.6
     same = set(aligned_verses())
@@ -53,15 +53,27 @@ def test_verse_pairs_are_balanced_and_their_neighbourhoods_apart():
     for a, b, target in zip(first, second, targets, strict=True):
         assert ((a, b) in same) == bool(target)
         assert max(len(a.split()), len(b.split())) <= 25
-    assert not set(pairs.of("train")[0]) & set(pairs.of("test")[0]) - _repeated(pairs.first)
 
 
-def _repeated(texts):
-    """The Bible repeats some verses word for word; those may lie on two sides."""
-    seen, twice = set(), set()
-    for text in texts:
-        (twice if text in seen else seen).add(text)
-    return twice
+@pytest.mark.parametrize(
+    "make",
+    [verse_pairs, verse_swaps, gloss_relations, gloss_similarity, report_impressions],
+)
+def test_no_text_lies_on_two_sides(make):
+    pairs = make()
+    sides = {}
+    for a, b, side in zip(pairs.first, pairs.second, pairs.splits, strict=True):
+        for text in (a, b):
+            sides.setdefault(text, set()).add(side)
+    assert all(len(found) == 1 for found in sides.values())
+
+
+def test_relations_are_balanced_on_every_side():
+    pairs = gloss_relations(6_000, 12)
+    for side, least in (("train", 3_000), ("validation", 300), ("test", 300)):
+        shares = torch.bincount(pairs.of(side)[2].long()) / len(pairs.of(side)[2])
+        assert len(pairs.of(side)[2]) > least
+        assert (shares - 1 / 3).abs().max() < 0.06
 
 
 def test_swapped_words_keep_the_bag_of_words():
@@ -80,7 +92,7 @@ def test_gloss_relations_are_those_of_the_tree():
     senses = {}
     for number, synset in tree.synsets.items():
         senses.setdefault(synset.definition, []).append(number)
-    assert torch.bincount(pairs.targets.long()).tolist() == [200, 200, 200]
+    assert torch.bincount(pairs.targets.long()).min() > 190
     for a, b, target in list(zip(pairs.first, pairs.second, pairs.targets, strict=True))[:90]:
         relation = RELATIONS[int(target)]
         parents = {p for n in senses[a] for p in tree[n].hypernyms}
@@ -90,15 +102,9 @@ def test_gloss_relations_are_those_of_the_tree():
             assert parents & {p for n in senses[b] for p in tree[n].hypernyms}
 
 
-def test_no_sense_lies_on_two_sides():
-    pairs = gloss_similarity(900)
-    sides = {}
-    for a, b, side in zip(pairs.first, pairs.second, pairs.splits, strict=True):
-        for text in (a, b):
-            sides.setdefault(text, set()).add(side)
-    several = [text for text, found in sides.items() if len(found) > 1]
-    assert len(several) <= 3  # two senses may have the same definition
-    assert 0 <= pairs.targets.min() < 0.5 < pairs.targets.max() <= 1
+def test_similarities_span_the_range():
+    targets = gloss_similarity(900).targets
+    assert 0 <= targets.min() < 0.5 < targets.max() <= 1
 
 
 def test_wu_palmer_of_known_senses():
@@ -118,7 +124,6 @@ def test_reports_and_their_near_misses():
     pairs = report_impressions(longest=40)
     assert len(pairs) > 1200
     assert 0.45 < pairs.targets.mean() < 0.55
-    assert not set(pairs.of("train")[0]) & set(pairs.of("test")[0])
 
 
 def test_human_judgements():

@@ -15,6 +15,7 @@ from reattend.text_matching.dse import (
     distillation_loss,
     dse_loss,
     encoder_flops,
+    exchange_equal,
     head_flops,
     pair_features,
     pool_mean,
@@ -278,6 +279,18 @@ def test_wrong_use_is_refused():
         distillation_loss(normal(4, 1), normal(4, 2))
     with pytest.raises(ValueError, match="alpha must be in"):
         dse_loss(normal(4, 1), torch.ones(4), normal(4, 1), 1.5, "binary")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exchanged_logits_stay_with_their_label_and_leave_their_pair(kind):
+    targets = (torch.arange(60) % 3).float() if kind != "regression" else torch.randperm(60) / 60.0
+    own = torch.stack([torch.arange(60.0), targets], 1)
+    moved = exchange_equal(own, targets, kind, seed=0)
+    assert sorted(moved[:, 0].tolist()) == own[:, 0].tolist()
+    assert (moved[:, 1] - targets).abs().max() <= (9 / 60 + 1e-6 if kind == "regression" else 0)
+    assert (moved[:, 0] == own[:, 0]).double().mean() < 0.35
+    assert torch.equal(moved, exchange_equal(own, targets, kind, seed=0))
+    assert not torch.equal(moved, exchange_equal(own, targets, kind, seed=1))
 
 
 def test_relative_degradation_is_a_mean_of_ratios():

@@ -2,7 +2,8 @@
 
 Sets are made from data that have other purposes, by the rule that each function states. Whatever two
 items share (a verse's neighbourhood, a sense, a report) is on one side of the split. The hash of that
-thing decides the side, as in `reattend.data.images.split_of`.
+thing decides the side, as in `reattend.data.images.split_of`. Pairs with a text that happens to occur
+on two sides are left out.
 """
 
 from __future__ import annotations
@@ -74,6 +75,16 @@ def _pair_set(rows: Sequence[Row], kind: Kind, classes: tuple[str, ...] = ()) ->
     return PairSet(first, second, torch.tensor(targets).float(), kind, splits, classes)
 
 
+def _apart(rows: Sequence[Row]) -> list[Row]:
+    """Without the pairs with a text that occurs word for word on an earlier side, train first."""
+    order = ("train", "validation", "test")
+    sides: dict[str, int] = {}
+    for first, second, _, side in rows:
+        for text in (first, second):
+            sides[text] = min(order.index(side), sides.get(text, len(order)))
+    return [row for row in rows if all(sides[t] == order.index(row[3]) for t in row[:2])]
+
+
 def _short(longest: int | None, *texts: str) -> bool:
     """Whether all texts have at most `longest` words (and one at least)."""
     return all(1 <= len(text.split()) <= (longest or 10**9) for text in texts)
@@ -99,7 +110,7 @@ def verse_pairs(longest: int | None = None) -> PairSet:
         second = modern if positive else other
         if _short(longest, archaic, second):
             rows.append((archaic, second, float(positive), side))
-    return _pair_set(rows, "binary", ("other verse", "same verse"))
+    return _pair_set(_apart(rows), "binary", ("other verse", "same verse"))
 
 
 def verse_swaps(longest: int | None = None) -> PairSet:
@@ -113,7 +124,7 @@ def verse_swaps(longest: int | None = None) -> PairSet:
         second = modern if i % 2 == 0 else exchange_words(modern, random.Random(i))
         if second is not None and _short(longest, archaic, second):
             rows.append((archaic, second, float(i % 2 == 0), side))
-    return _pair_set(rows, "binary", ("words exchanged", "same verse"))
+    return _pair_set(_apart(rows), "binary", ("words exchanged", "same verse"))
 
 
 def exchange_words(text: str, rng: random.Random) -> str | None:
@@ -138,7 +149,7 @@ RELATIONS = ("unrelated", "hypernym", "sibling")
 def gloss_relations(count: int = 12_000, longest: int | None = 16, seed: int = 0) -> PairSet:
     """How are two noun definitions related: the second's sense above the first's, beside it, neither?
 
-    The three classes are equally frequent; labels come from WordNet's tree.
+    The three classes are equally frequent on every side of the split; labels come from WordNet's tree.
 
     Args:
         count: number of pairs.
@@ -151,7 +162,7 @@ def gloss_relations(count: int = 12_000, longest: int | None = 16, seed: int = 0
         relation = i % 3
         first, second = draw.pair((draw.anyone, draw.parent, draw.sibling)[relation])
         rows.append((*draw.definitions(first, second), float(relation), draw.side(first)))
-    return _pair_set(rows, "multiclass", RELATIONS)
+    return _pair_set(_apart(rows), "multiclass", RELATIONS)
 
 
 def gloss_similarity(count: int = 12_000, longest: int | None = 16, seed: int = 0) -> PairSet:
@@ -166,7 +177,7 @@ def gloss_similarity(count: int = 12_000, longest: int | None = 16, seed: int = 
         first, second = draw.pair((draw.sibling, draw.cousin, draw.anyone)[i % 3])
         target = draw.nouns.wu_palmer(first, second)
         rows.append((*draw.definitions(first, second), target, draw.side(first)))
-    return _pair_set(rows, "regression")
+    return _pair_set(_apart(rows), "regression")
 
 
 def gloss_retrieval(count: int = 12_000, longest: int | None = 16, seed: int = 0) -> PairSet:
@@ -199,9 +210,14 @@ class _GlossDraw:
         return self.nouns[first].definition, self.nouns[second].definition
 
     def pair(self, partner_of: Callable[[int], int | None]) -> tuple[int, int]:
-        """A sense and a partner of it on the same side of the split, drawn until there is one."""
+        """A sense and a partner of it on the same side of the split.
+
+        The side is drawn first: relatives are often on another side and then rejected, so that with
+        senses from anywhere the small sides would hold mostly unrelated pairs.
+        """
+        senses = self._by_side[self.side(self.rng.choice(self.known))]
         while True:
-            first = self.rng.choice(self.known)
+            first = self.rng.choice(senses)
             second = partner_of(first)
             if second is None or second == first or second not in self._fit:
                 continue
@@ -251,7 +267,7 @@ def report_impressions(longest: int | None = 60) -> PairSet:
             if differs and split_of(findings[j]) == side:
                 rows.append((finding, impressions[j], 0.0, side))
                 break
-    return _pair_set(rows, "binary", ("other report", "same report"))
+    return _pair_set(_apart(rows), "binary", ("other report", "same report"))
 
 
 def _reports() -> list[tuple[str, str, frozenset[str]]]:

@@ -323,6 +323,22 @@ def dse_loss(
     return loss
 
 
+def exchange_equal(
+    teacher: Float[Tensor, "pairs outputs"], targets: Float[Tensor, " pairs"], kind: Kind, seed: int
+) -> Float[Tensor, "pairs outputs"]:
+    """The teacher's logits, exchanged at random among pairs of equal target.
+
+    A placebo: every pair keeps logits that fit its label, but those of another pair. Similarities have
+    no equal targets; there ten neighbours in rank count as equal.
+    """
+    places = targets if kind != "regression" else targets.argsort().argsort() // 10
+    out, generator = teacher.clone(), torch.Generator().manual_seed(seed)
+    for value in places.unique():
+        rows = (places == value).nonzero()[:, 0]
+        out[rows] = teacher[rows[torch.randperm(len(rows), generator=generator).to(rows.device)]]
+    return out
+
+
 def relative_degradation(teacher: Sequence[float], student: Sequence[float]) -> float:
     """Mean over tasks of (teacher - student) / teacher, each task in its own metric (0.046 reported)."""
     return sum((t - s) / t for t, s in zip(teacher, student, strict=True)) / len(teacher)
