@@ -1,9 +1,10 @@
 """Rank correlation against scipy's definition by hand, ranks of answers with ties."""
 
 import numpy as np
+import pytest
 import torch
 
-from reattend.metrics import ranks_of_answers, spearman
+from reattend.metrics import pseudo_values, ranks_of_answers, spearman
 
 
 def test_spearman_by_hand():
@@ -15,3 +16,13 @@ def test_spearman_by_hand():
 def test_ranks_count_ties_against_the_answer():
     scores = torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.5, 0.4], [0.3, 0.2, 0.1]])
     assert ranks_of_answers(scores).tolist() == [1, 2, 3]
+
+
+def test_pseudo_values_of_a_mean_are_the_values_and_of_a_ratio_have_its_spread():
+    random = np.random.default_rng(0)
+    a, b = 3 + random.standard_normal(400), 2 + 0.1 * random.standard_normal(400)
+    assert pseudo_values({"a": a}, lambda d: d["a"].mean()) == pytest.approx(a)
+    ratio = pseudo_values({"a": a, "b": b}, lambda d: d["a"].mean() / d["b"].mean())
+    assert ratio.mean() == pytest.approx(a.mean() / b.mean(), rel=1e-4)
+    linear = (a - a.mean() / b.mean() * b) / b.mean()  # the delta method's form
+    assert ratio.std() == pytest.approx(linear.std(), rel=0.01)

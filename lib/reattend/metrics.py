@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import spearmanr
@@ -13,6 +15,22 @@ def spearman(predicted: Float[np.ndarray, " items"], gold: Float[np.ndarray, " i
     if np.ptp(predicted) == 0 or np.ptp(gold) == 0:
         return 0.0
     return float(spearmanr(predicted, gold).statistic)
+
+
+def pseudo_values(
+    arrays: Mapping[str, np.ndarray], statistic: Callable[[Mapping[str, np.ndarray]], float]
+) -> Float[np.ndarray, " items"]:
+    """One value an item whose mean is the statistic, up to its bias: n times it less n - 1 times it without the item.
+
+    The jackknife's linear form of a smooth statistic (Tukey 1958), so that it has an interval of means.
+
+    Args:
+        arrays: equally long along their first axis, which runs over items.
+    """
+    n = len(next(iter(arrays.values())))
+    whole = statistic(arrays)
+    without = [statistic({k: np.delete(a, i, axis=0) for k, a in arrays.items()}) for i in range(n)]
+    return n * whole - (n - 1) * np.array(without)
 
 
 def ranks_of_answers(scores: Float[Tensor, "queries candidates"]) -> Int[Tensor, " queries"]:
