@@ -12,13 +12,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from reattend.text_matching.attention_iat import (
     PAD,
-    PLACES,
     AttentionClassifier,
     BiLSTM,
     Technique,
     Texts,
     adversarial,
-    babi_stories,
     interpretable,
     interpretable_word,
     log_odds,
@@ -401,18 +399,6 @@ def test_nearest_words_against_brute_force():
         others = [k for k in range(9) if k not in (word, PAD)]
         expected = sorted(others, key=lambda k: -unit[word] @ unit[k])[:3]
         assert found[word].tolist() == expected
-
-
-def test_the_answer_is_the_last_place_of_the_person_asked_for():
-    told = babi_stories(300, 4, seed=1)
-    assert told == babi_stories(300, 4, seed=1)
-    assert told != babi_stories(300, 4, seed=2)
-    for story, question, answer in told:
-        sentences = story.split(" . ")
-        assert 2 <= len(sentences) <= 4
-        own = [s for s in sentences if s.startswith(question.split()[2])]
-        assert own[-1].removesuffix(" .").split()[-1] == PLACES[answer]
-    assert {answer for *_, answer in told} == set(range(6))
 
 
 # Measurements -------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ score differences d_t = (a_t - a_k)_k with coefficients along the gradient of th
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -400,32 +399,6 @@ def word_perturbation(
     if technique.direction == "interpretable":
         return interpretable_word(gradient, model.directions(texts, words), technique.size)
     raise ValueError(f"words have no perturbation {technique.direction!r}")
-
-
-# A generated pair task -------------------------------------------------------------------------------
-
-PEOPLE = ("mary", "john", "daniel", "sandra")
-PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
-MOVES = ("moved to", "went to", "journeyed to", "travelled to", "went back to")
-
-
-def babi_stories(count: int, sentences: int, seed: int) -> list[tuple[str, str, int]]:
-    """Stories like those of bAbI's first task (one supporting fact), with question and answer.
-
-    People move between places; the question asks where one of them is. The answer is a position in
-    PLACES. A story has two to `sentences` sentences.
-    """
-    draw, told = random.Random(seed), []
-    for _ in range(count):
-        where: dict[str, str] = {}
-        story = []
-        for _ in range(draw.randint(2, sentences)):
-            person = draw.choice(PEOPLE)
-            where[person] = draw.choice([p for p in PLACES if p != where.get(person)])
-            story.append(f"{person} {draw.choice(MOVES)} the {where[person]} .")
-        person = draw.choice(sorted(where))
-        told.append((" ".join(story), f"where is {person} ?", PLACES.index(where[person])))
-    return told
 
 
 # Measurements -------------------------------------------------------------------------------------
