@@ -1,5 +1,7 @@
 """Every paper is finished: what `reattend check` calls hard, it does not lack. Those that are not yet are named."""
 
+import json
+
 import pytest
 
 from reattend.pipeline.check import lacks
@@ -25,6 +27,13 @@ UNFINISHED = frozenset(
         "salient_relevance",
     }
 )
+
+
+def made_before_the_chain(slug: str) -> bool:
+    """Whether an unfinished paper's results are older than fingerprints in run.json: they await a new run."""
+    record = record_paths(ROOT)[slug]
+    run = ROOT / "figures" / record.parent.name / slug / "cpu" / "run.json"
+    return slug in UNFINISHED and "fingerprint" not in json.loads(run.read_text())
 
 
 @pytest.mark.parametrize("slug", record_paths(ROOT))
