@@ -29,6 +29,8 @@ def pseudo_values(
     """
     n = len(next(iter(arrays.values())))
     whole = statistic(arrays)
+    if n == 1:
+        return np.array([whole])
     without = [statistic({k: np.delete(a, i, axis=0) for k, a in arrays.items()}) for i in range(n)]
     return n * whole - (n - 1) * np.array(without)
 
