@@ -6,7 +6,6 @@ The best evidence for a claim is that of the largest profile that has judged it.
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from reattend.evidence.files import Evidence, read_evidence
 from reattend.evidence.verdicts import OUT_OF_REACH, VERDICTS
-from reattend.project import results_directory
+from reattend.project import FileError, read_json, results_directory
 from reattend.records import Claim, Record
 
 PROFILES = ("gpu", "cpu")  # the best evidence first; smoke never yields a verdict
@@ -55,12 +54,12 @@ class Run:
     @cached_property
     def results(self) -> dict:
         """results.json."""
-        return read_json(self.directory / "results.json")
+        return _read(self.directory / "results.json")
 
     @cached_property
     def facts(self) -> dict:
         """run.json: times, versions, device."""
-        return read_json(self.directory / "run.json")
+        return _read(self.directory / "run.json")
 
     @cached_property
     def evidence(self) -> Evidence:
@@ -104,7 +103,10 @@ class Paper:
         """What lies in figures/<family>/<slug>."""
         runs = {}
         home = root / "figures" / record.family / record.slug
-        verdicts = read_json(home / "verdicts.json")
+        try:
+            verdicts = _read(home / "verdicts.json")
+        except FileError:
+            verdicts = {}  # judging makes it again
         for profile in PROFILES:
             directory = results_directory(root, record.family, record.slug, profile)
             if (directory / "results.json").exists():
@@ -170,10 +172,9 @@ def count_line(papers: list[Paper], profile: str | None = None) -> str:
     return f"{line}: {counts.total()} claims, {claims}." if done else f"{line}."
 
 
-def read_json(path: Path) -> dict:
-    """The mapping in a JSON file; empty where there is none or it is damaged: it can be made again."""
+def _read(path: Path) -> dict:
+    """The mapping in a JSON file, empty where there is none; FileError where it is damaged."""
     try:
-        loaded = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return loaded if isinstance(loaded, dict) else {}

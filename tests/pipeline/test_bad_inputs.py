@@ -27,6 +27,7 @@ PARAMS, LOCK = "params.yaml", "dvc.lock"
 RECORD, NOTEBOOK = "notebooks/theory/toy.yaml", "notebooks/theory/toy.ipynb"
 RESULTS, FACTS = "figures/theory/toy/cpu/results.json", "figures/theory/toy/cpu/run.json"
 CONFLICT = "<<<<<<< HEAD\n{}\n=======\n[]\n>>>>>>> other\n"
+SCRATCH = ("build", ".git", ".site-new")
 RUN = ["run", "toy", "--profile", "cpu"]
 
 
@@ -86,11 +87,11 @@ def place(template, tmp_path, monkeypatch) -> Path:
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
-    """All files but those under build/, which hold nothing that could be lost."""
+    """All files but those that are made anew at every run."""
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.relative_to(root).parts[0] not in ("build", ".git")
+        if path.is_file() and path.relative_to(root).parts[0] not in SCRATCH
     }
 
 
@@ -566,12 +567,14 @@ def test_damaged_facts_that_are_judged(place, capsys, damage):
     ends(place, capsys, ["judge", "toy"], BAD, "run.json")
 
 
-@pytest.mark.parametrize("name", [RESULTS, FACTS])
+@pytest.mark.parametrize(
+    ("name", "arguments"), [(FACTS, []), (RESULTS, ["--html", "--no-notebooks"])]
+)
 @pytest.mark.parametrize(("damage", "words"), DAMAGE)
-def test_damaged_results_that_are_reported(place, capsys, name, damage, words):
+def test_damaged_results_that_are_reported(place, capsys, name, arguments, damage, words):
     good = (place / name).read_text()
     (place / name).write_text(damage(good))
-    line = ends(place, capsys, ["report"], BAD, words)
+    line = ends(place, capsys, ["report", *arguments], BAD, words)
     assert name in line
 
 

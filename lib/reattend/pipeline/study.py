@@ -12,9 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-from reattend.findings import read_json
 from reattend.pipeline.errors import CommandError
 from reattend.pipeline.manifests import write_json, write_text
+from reattend.project import FileError, read_json
 from reattend.records import record_paths
 
 STUDY = "build/study"
@@ -48,9 +48,17 @@ def jupyter(root: Path, slug: str | None, as_root: bool) -> list[str]:
     return [*arguments, "--allow-root"] if as_root else arguments
 
 
+def _copied(root: Path) -> dict:
+    """What has been copied; nothing where that is not known, so that no copy is taken for ours."""
+    try:
+        return read_json(root / STUDY / _WRITTEN)
+    except (FileNotFoundError, FileError):
+        return {}
+
+
 def copy_notebooks(root: Path) -> list[str]:
     """Copy every committed notebook into build/study; what to tell the reader, a line each."""
-    written, lines = read_json(root / STUDY / _WRITTEN), []
+    written, lines = _copied(root), []
     for slug, record in record_paths(root).items():
         source = record.with_suffix(".ipynb").read_text(encoding="utf8")
         copy = root / STUDY / record.parent.name / f"{slug}.ipynb"
