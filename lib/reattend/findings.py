@@ -14,7 +14,7 @@ from pathlib import Path
 
 from reattend.evidence.files import Evidence, read_evidence
 from reattend.evidence.verdicts import OUT_OF_REACH, VERDICTS
-from reattend.project import read_json, results_directory
+from reattend.project import FileError, read_json, results_directory
 from reattend.records import Claim, Record
 
 PROFILES = ("gpu", "cpu")  # the best evidence first; smoke never yields a verdict
@@ -103,7 +103,10 @@ class Paper:
         """What lies in figures/<family>/<slug>."""
         runs = {}
         home = root / "figures" / record.family / record.slug
-        verdicts = _read(home / "verdicts.json")
+        try:
+            verdicts = _read(home / "verdicts.json")
+        except FileError:
+            verdicts = {}  # judging makes it again
         for profile in PROFILES:
             directory = results_directory(root, record.family, record.slug, profile)
             if (directory / "results.json").exists():
