@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from scipy.stats import rankdata
 
 from reattend.evidence.samples import VALUE
 
@@ -41,6 +40,9 @@ def pearson(q: Quantities) -> np.ndarray:
 
 def spearman(q: Quantities) -> np.ndarray:
     """Rank correlation of `a` and `b` over units."""
+    # Here: scipy.stats takes most of a second, which commands that only look would pay.
+    from scipy.stats import rankdata
+
     return pearson({name: rankdata(q[name], axis=-1) for name in "ab"})
 
 
