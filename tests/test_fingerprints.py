@@ -443,9 +443,9 @@ def test_editing_a_method_changes_those_who_use_it(checkout, root):
 
 def test_editing_a_shared_function_changes_just_those_who_use_it(checkout, root):
     path, changed = checkout
-    edit(path / "reattend/training/loop.py", "    return ", "    return 0 * ")
+    edit(path / "reattend/training/loop.py", "\n    return log\n", "\n    return [log][0]\n")
     expected = papers_using(root, "reattend.training.loop", "train")
-    assert {"zoology", "halonet"} <= expected
+    assert "halonet" in expected
     assert "flexprefill" not in expected
     assert changed() == expected
 
@@ -538,16 +538,17 @@ def test_library_and_notebooks_import_by_name(root):
 
 def test_every_use_of_file_names_a_file_that_counts():
     for path in sorted(LIBRARY.rglob("*.py")):
-        module = "reattend." + path.relative_to(LIBRARY).with_suffix("").as_posix().replace(
-            "/", "."
-        )
-        if module in (*NO_RESULT, "reattend.fingerprints", "reattend.syntax"):
+        where = path.relative_to(LIBRARY).with_suffix("")
+        name = ".".join(["reattend", *where.parts])
+        if name in (*NO_RESULT, "reattend.fingerprints", "reattend.syntax"):
+            continue
+        if where.parts[0] in ("pipeline", "site"):  # no paper imports them
             continue
         analysed = Analyses().of("module", path.read_text())
         for unit in analysed.definitions + analysed.statements:
-            if "__file__" in unit.references and not module.startswith("reattend.pipeline"):
+            if "__file__" in unit.references:
                 named = [text for text in unit.strings if (path.parent / text).is_file()]
-                assert named, f"{module}: {unit.names} uses __file__ and names no file beside it"
+                assert named, f"{name}: {unit.names} uses __file__ and names no file beside it"
 
 
 def test_what_bears_on_no_result_exists():
