@@ -1,0 +1,333 @@
+"""Tasks answered by one label word, and what attention calibration does to their answers.
+
+A language model continues a prompt; the answer is the label word with the largest logit at the last
+token. Items of equal length form a batch, so nothing is padded.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from reattend.attention.dense import causal_token_mask
+from reattend.attention.host import attach
+from reattend.attention.method import AttentionMethod
+from reattend.data.texts import TextSet
+from reattend.long_context.act import SinkSurvey, attention_map, column_score, sinks
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt with its label words.
+
+    Attributes:
+        task: name of the task that it belongs to.
+        tokens: the prompt.
+        options: one token for each label word.
+        answer: which of them is right.
+        text: what the prompt is about, without its template; empty where there is none.
+    """
+
+    task: str
+    tokens: list[int]
+    options: list[int]
+    answer: int
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """A labelled set of texts asked as a prompt.
+
+    Attributes:
+        data: the texts.
+        template: the prompt, with {} for the text.
+        words: label word by class; texts of other classes are left out.
+        window: shortest and longest prompt, in tokens.
+        text_of: what of a text is put into the prompt.
+    """
+
+    data: TextSet
+    template: str
+    words: dict[str, str]
+    window: Sequence[int]
+    text_of: Callable[[str], str] = str
+
+
+def label_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
+    """The token of a label word.
+
+    Raises:
+        ValueError: when it is more than one token.
+    """
+    tokens = tokenizer(word, add_special_tokens=False).input_ids
+    if len(tokens) != 1:
+        raise ValueError(f"label word {word!r} is {len(tokens)} tokens of this model")
+    return tokens[0]
+
+
+def class_items(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    task: LabelTask,
+    split: str,
+    count: int,
+    window: Sequence[int] | None = None,
+) -> list[Item]:
+    """`count` items of one side of the data, classes in turn, with prompts of the task's lengths.
+
+    Raises:
+        ValueError: when there are too few of them.
+    """
+    low, high = window or task.window
+    options = [label_token(tokenizer, word) for word in task.words.values()]
+    names = list(task.words)
+    found: dict[str, list[Item]] = {name: [] for name in names}
+    each = -(-count // len(names))
+    for text, label in zip(*task.data.of(split), strict=True):
+        kind = task.data.classes[int(label)]
+        if len(found.get(kind, range(each))) == each:
+            continue
+        text = task.text_of(text)
+        tokens = tokenizer(task.template.format(text)).input_ids
+        if low <= len(tokens) <= high:
+            found[kind].append(Item(name, tokens, options, names.index(kind), text))
+    in_turn = [item for row in zip(*found.values(), strict=False) for item in row][:count]
+    if len(in_turn) < count:
+        raise ValueError(
+            f"{name}, {split}: only {len(in_turn)} balanced items of {low} to {high} tokens"
+        )
+    return in_turn
+
+
+def next_word_items(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    context: int,
+    count: int,
+    seed: str,
+) -> list[Item]:
+    """The next word of a document among four; the other three are next words of other places.
+
+    Args:
+        context: tokens before the word.
+        seed: the same seed gives the same items.
+    """
+    draw = random.Random(seed)
+    encoded = [tokenizer(document).input_ids for document in documents]
+    encoded = [tokens for tokens in encoded if len(tokens) > 2 * context]
+    cuts: list[tuple[list[int], int]] = []
+    while len(cuts) < count + 20:
+        tokens = draw.choice(encoded)
+        end = draw.randrange(context, len(tokens) - 1)
+        word, after = tokenizer.decode([tokens[end]]), tokenizer.decode([tokens[end + 1]])
+        if re.fullmatch(r" [a-z]{4,}", word) and not after[:1].isalpha():
+            cuts.append((tokens[end - context : end], tokens[end]))
+    items = []
+    for tokens, right in cuts[:count]:
+        options = draw.sample(sorted({word for _, word in cuts} - {right}), 3)
+        answer = draw.randrange(4)
+        options.insert(answer, right)
+        items.append(Item("next word", tokens, options, answer))
+    return items
+
+
+def few_shot_items(
+    tokenizer: PreTrainedTokenizerBase,
+    task: LabelTask,
+    examples: Sequence[Item],
+    items: Iterable[Item],
+) -> list[Item]:
+    """The items, each behind the same solved examples."""
+    words = list(task.words.values())
+    solved = [task.template.format(e.text) + words[e.answer] + "\n\n" for e in examples]
+    return [
+        Item(
+            item.task,
+            tokenizer("".join(solved) + task.template.format(item.text)).input_ids,
+            item.options,
+            item.answer,
+        )
+        for item in items
+    ]
+
+
+class Survey(SinkSurvey):
+    """Keeps the mean map of each layer too, and column scores of maps shuffled within their rows."""
+
+    def __init__(self, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.maps: dict[int, Tensor] = {}
+        self.shuffled: dict[int, Tensor] = {}
+        self.random = torch.Generator(device).manual_seed(seed)
+
+    def prefill(self, query, key, value, *, scale, layer, padding=None):
+        """Dense attention."""
+        weights = attention_map(query, key, scale)
+        self.maps[layer] = weights.mean(dim=(0, 1)).cpu()
+        self.shuffled[layer] = column_score(self.shuffle(weights)).cpu()
+        return super().prefill(query, key, value, scale=scale, layer=layer, padding=padding)
+
+    def shuffle(self, weights: Tensor) -> Tensor:
+        """Every row with its entries 1 .. i in random order; the first one, and zeros behind i, stay."""
+        order = torch.rand(weights.shape, generator=self.random, device=weights.device)
+        order[..., 0] = -1
+        order.masked_fill_(~causal_token_mask(*weights.shape[-2:], device=weights.device), 2)
+        return weights.gather(-1, order.argsort(dim=-1))
+
+
+@torch.inference_mode()
+def run_layers(
+    model: nn.Module,
+    hidden: Float[Tensor, "batch tokens width"],
+    start: int,
+    keep: Iterable[int] = (),
+) -> tuple[Float[Tensor, "batch vocabulary"], dict[int, Tensor]]:
+    """Last-token logits from the hidden states that enter layer `start` of a Llama-like model.
+
+    Returns:
+        the logits, and the hidden states that enter the layers in `keep`.
+    """
+    base, kept = model.model, {}
+    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    rotary = base.rotary_emb(hidden, positions)
+    for number in range(start, len(base.layers)):
+        if number in keep:
+            kept[number] = hidden
+        hidden = base.layers[number](
+            hidden,
+            attention_mask=None,
+            position_ids=positions,
+            position_embeddings=rotary,
+            use_cache=False,
+        )
+    return model.lm_head(base.norm(hidden[:, -1])), kept
+
+
+class Bank:
+    """Items in batches of one length, with their dense answers.
+
+    It keeps the hidden states that enter the layers `keep`, so that a method that changes nothing
+    before one of them can start there.
+
+    Attributes:
+        items: as given.
+        batches: places of the items of one length.
+        dense: log-probabilities of the label words without any method, [items, most options].
+        seen: column scores, those of shuffled maps and mean maps by batch, with a survey.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        items: Sequence[Item],
+        keep: Iterable[int],
+        survey: Survey | None = None,
+    ) -> None:
+        self.model, self.items, self.seen = model, items, []
+        most = max(len(item.options) for item in items)
+        self.options = torch.tensor([i.options + [0] * (most - len(i.options)) for i in items])
+        self.absent = torch.tensor([[n >= len(i.options) for n in range(most)] for i in items])
+        self.answers = torch.tensor([item.answer for item in items])
+        lengths = torch.tensor([len(item.tokens) for item in items])
+        self.batches = [(lengths == n).nonzero().flatten() for n in lengths.unique().tolist()]
+        self.hidden, self.dense = [], torch.zeros(len(items), most)
+        for batch in self.batches:
+            tokens = torch.tensor([items[i].tokens for i in batch.tolist()], device=model.device)
+            with attach(model, survey or AttentionMethod()):
+                logits, kept = run_layers(model, model.model.embed_tokens(tokens), 0, set(keep))
+            self.hidden.append(kept)
+            self.dense[batch] = self._restricted(logits, batch)
+            if survey:
+                shuffled = torch.stack([survey.shuffled[n] for n in sorted(survey.shuffled)], 1)
+                self.seen.append((survey.stacked().cpu(), shuffled, dict(survey.maps)))
+
+    def run(
+        self, method: AttentionMethod, start: int, rows: Bool[Tensor, " items"] | None = None
+    ) -> Float[Tensor, "items options"]:
+        """`dense` with a method from layer `start` on; items outside `rows` keep their answers."""
+        result = self.dense.clone()
+        for batch, kept in zip(self.batches, self.hidden, strict=True):
+            inside = torch.ones(len(batch), dtype=torch.bool) if rows is None else rows[batch]
+            if inside.any():
+                with attach(self.model, method):
+                    hidden = kept[start][inside.to(self.model.device)]
+                    logits, _ = run_layers(self.model, hidden, start)
+                result[batch[inside]] = self._restricted(logits, batch[inside])
+        return result
+
+    def right(self, scores: Float[Tensor, "items options"]) -> Float[Tensor, " items"]:
+        """1 for each right answer."""
+        return (scores.argmax(dim=-1) == self.answers).double()
+
+    def nll(self, scores: Float[Tensor, "items options"]) -> Float[Tensor, " items"]:
+        """Negative log-probability of the right label word among the label words, nats."""
+        return -scores.gather(1, self.answers[:, None])[:, 0].double()
+
+    @property
+    def chance(self) -> Float[Tensor, " items"]:
+        """Probability of the right answer by guessing."""
+        return 1 / (~self.absent).sum(dim=1).double()
+
+    def sink_flags(self, shuffled: bool = False, **settings) -> Bool[Tensor, "items layers heads"]:
+        """Whether a prompt has a sink in a head; the settings are those of `sinks`."""
+        layers, heads = self.seen[0][0].shape[1:3]
+        flags = torch.zeros(len(self.items), layers, heads, dtype=torch.bool)
+        for batch, found in zip(self.batches, self.seen, strict=True):
+            flags[batch] = sinks(found[int(shuffled)], **settings).any(dim=-1)
+        return flags
+
+    def token_classes(
+        self,
+        class_of: Callable[[int, int], str],
+        classes: Sequence[str],
+        layers: slice,
+        **settings,
+    ) -> dict[str, tuple[float, float]]:
+        """For each class of token: its share of the sinks and of the tokens behind the first, in %.
+
+        Args:
+            class_of: class of a token that has so many others behind it.
+            classes: all classes.
+            layers: whose heads count.
+            settings: those of `sinks`.
+        """
+        counts = {name: np.zeros(2) for name in classes}
+        for batch, found in zip(self.batches, self.seen, strict=True):
+            often = sinks(found[0][:, layers], **settings).sum(dim=(1, 2))
+            for i, row in zip(batch.tolist(), often.tolist(), strict=True):
+                for k in range(1, len(row)):
+                    name = class_of(self.items[i].tokens[k], len(row) - 1 - k)
+                    counts[name] += (row[k], 1)
+        total = np.maximum(sum(counts.values()), 1)
+        return {name: tuple(100 * count / total) for name, count in counts.items()}
+
+    def _restricted(self, logits: Tensor, batch: Tensor) -> Tensor:
+        """Log-probabilities of the label words alone."""
+        chosen = logits.float().cpu().gather(1, self.options[batch])
+        return chosen.masked_fill(self.absent[batch], -torch.inf).log_softmax(dim=-1)
+
+
+def extremes_on_other_half(
+    changes: Float[np.ndarray, "heads items"], tail: int, seed: int
+) -> tuple[Float[np.ndarray, " items"], Float[np.ndarray, " items"]]:
+    """Mean change of the `tail` highest and of the `tail` lowest heads, ranked on the other half.
+
+    Ranking and measuring on the same items finds extremes in noise; here each item is measured with
+    the heads that the other half of the items put first and last.
+    """
+    half = np.random.default_rng(seed).permutation(changes.shape[1]) % 2
+    highest, lowest = np.zeros(len(half)), np.zeros(len(half))
+    for side in (0, 1):
+        ranked = changes[:, half != side].mean(axis=1).argsort(kind="stable")
+        highest[half == side] = changes[np.ix_(ranked[-tail:], half == side)].mean(axis=0)
+        lowest[half == side] = changes[np.ix_(ranked[:tail], half == side)].mean(axis=0)
+    return highest, lowest

@@ -1,0 +1,104 @@
+"""Banks of items against the whole model, their measures, and extremes that noise does not make."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reattend.attention.host import attach
+from reattend.long_context.act import ACT
+from reattend.studies.label_words import Bank, Item, Survey, extremes_on_other_half
+
+LAYERS, HEADS = 3, 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=41,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def items():
+    draw = torch.Generator().manual_seed(1)
+    lengths, options = (12, 9, 12, 9), ([3, 5], [3, 5, 7], [3, 5], [3, 5, 7])
+    return [
+        Item("toy", torch.randint(0, 41, (n,), generator=draw).tolist(), some, i % 2)
+        for i, (n, some) in enumerate(zip(lengths, options, strict=True))
+    ]
+
+
+@pytest.fixture(scope="module")
+def bank(model, items):
+    return Bank(model, items, keep=range(LAYERS), survey=Survey())
+
+
+def alone(model, item, method=None):
+    """Log-probabilities of the label words from the whole model on one prompt."""
+    prompt = torch.tensor([item.tokens])
+    with torch.inference_mode():
+        if method is None:
+            logits = model(prompt).logits
+        else:
+            with attach(model, method):
+                logits = model(prompt).logits
+    return logits[0, -1, item.options].log_softmax(-1)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_bank_answers_as_the_whole_model_does(model, items, bank, calibrated):
+    method = ACT(heads=[(1, 0), (1, 2), (2, 3)], threshold=0.05) if calibrated else None
+    scores = bank.run(method, 1) if calibrated else bank.dense
+    for item, row in zip(items, scores, strict=True):
+        expected = alone(model, item, method)
+        torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+    assert calibrated == (not torch.equal(scores, bank.dense))
+
+
+def test_measures(items, bank):
+    nll = bank.nll(bank.dense)
+    assert nll[1].item() == pytest.approx(-bank.dense[1, items[1].answer].item())
+    assert bank.chance.tolist() == pytest.approx([1 / 2, 1 / 3, 1 / 2, 1 / 3])
+    likelier = bank.dense.argmax(-1) == torch.tensor([item.answer for item in items])
+    assert bank.right(bank.dense).bool().tolist() == likelier.tolist()
+
+
+def test_items_without_a_sink_keep_their_answers(bank):
+    rows = torch.tensor([True, False, False, True])
+    scores = bank.run(ACT(heads=[(1, 0), (1, 1)], threshold=0.05), 1, rows)
+    assert torch.equal(scores[1:3], bank.dense[1:3])
+
+
+def test_shares_of_classes(bank):
+    shares = bank.token_classes(
+        lambda token, behind: "last" if behind == 0 else "other",
+        ["last", "other"],
+        slice(0, LAYERS),
+        threshold=0.01,
+    )
+    assert sum(share[0] for share in shares.values()) == pytest.approx(100)
+    # Four last tokens among 2 x 11 + 2 x 8 behind the first.
+    assert shares["last"][1] == pytest.approx(100 * 4 / 38)
+
+
+def test_extremes_of_noise_vanish_and_real_ones_stay():
+    noise = np.random.default_rng(0).normal(size=(30, 4000))
+    highest, lowest = extremes_on_other_half(noise, 3, seed=0)
+    assert noise.mean(axis=1).max() > 0.02  # ranked on the items themselves there are extremes
+    assert abs(highest.mean()) < 0.025
+    assert abs(lowest.mean()) < 0.025
+    noise[4] += 0.5
+    noise[7] -= 0.5
+    highest, lowest = extremes_on_other_half(noise, 1, seed=0)
+    assert highest.mean() == pytest.approx(0.5, abs=0.06)
+    assert lowest.mean() == pytest.approx(-0.5, abs=0.06)
