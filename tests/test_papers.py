@@ -13,7 +13,6 @@ from tests.pipeline.toy import ROOT
 UNFINISHED = frozenset(
     {
         "sigmoid_attention",
-        "act",
         "flexprefill",
         "recycled_attention",
         "seer_attention",
