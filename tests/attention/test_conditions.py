@@ -16,6 +16,9 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -517,8 +520,11 @@ def test_prompt_and_new_tokens_by_different_methods_with_beams(model):
 def test_returned_weights_are_refused_from_the_configuration_too():
     model = llama(attn_implementation="eager")
     model.config.output_attentions = True
-    with attach(model, "dense"), pytest.raises(NotImplementedError, match="output_attentions"):
-        model(tokens(1, 20))
+    with pytest.raises(NotImplementedError, match="output_attentions"), attach(model, "dense"):
+        pass
+    model.config.output_attentions = False
+    with attach(model, "dense"), pytest.raises(ValueError, match="output_attentions"):
+        model.config.output_attentions = True
 
 
 def test_soft_capped_scores_are_refused_in_every_kind_of_layer():
@@ -633,3 +639,30 @@ def test_saves_from_is_the_length_from_which_something_is_left_out(model, name, 
     assert least_density(enough - 1) == 1.0
     # A last block of one token is hardly ever the one to stay.
     assert min(map(least_density, range(enough, enough + 8))) < 1.0
+
+
+def test_a_model_of_several_parts():
+    """The masks come from a part's configuration, which is reached through the whole model's."""
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"]
+    text = {k: v for k, v in SHAPE.items() if k != "hidden_size"} | {"hidden_size": 72}
+    pictures = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**text, "head_dim": 8, "sliding_window": 16, "layer_types": kinds},
+        vision_config={**pictures, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=2,
+        boi_token_index=1,
+        eoi_token_index=0,
+    )
+    model = Gemma3ForConditionalGeneration(config).eval()
+    prompt = tokens(2, 40)
+    expected = model(prompt).logits
+    with attach(model, "block_topk", k=2, block_size=8) as method:
+        sparse = model(prompt).logits
+    with attach(model, "dense"):
+        close(model(prompt).logits, expected)
+    assert method.densities().shape == (1, 9)
+    assert (sparse - expected).abs().max() > 0.1
+    assert model.config is config
+    assert type(model.config.text_config) is Gemma3TextConfig

@@ -72,6 +72,7 @@ def attach(
         ValueError: unknown name, wrong value of a setting, or a model that cannot be attached to.
         TypeError: a setting that the method does not have or lacks, or settings beside a method
             that is built already.
+        NotImplementedError: the configuration asks for attention weights.
 
     Warns:
         UserWarning: at the end, where every prompt was too short for the settings to save anything.
@@ -116,6 +117,11 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"attach needs a causal language model, got {type(model).__name__}")
     if not model._can_set_attn_implementation():
         raise ValueError(f"{type(model).__name__} does not use transformers' AttentionInterface")
+    if model.config.output_attentions:
+        # Only here: transformers itself refuses to set it on an attached model.
+        raise NotImplementedError(
+            "config.output_attentions is set, but attached methods return no attention weights"
+        )
 
 
 class _Attachment:
@@ -238,19 +244,16 @@ def _stand_in_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         # A copy, also one by pickle, is of the plain configuration.
         return _plain_configuration, (base, self.__dict__)
 
-    return type(
-        base.__name__,
-        (base,),
-        {
-            "_stands_in_for": base,
-            "_attn_implementation": property(
-                lambda self: _NAME,
-                lambda self, value: base._attn_implementation.__set__(self, value),
-            ),
-            "__getattribute__": read,
-            "__reduce_ex__": reduce,
-        },
-    )
+    body = {
+        "_stands_in_for": base,
+        "_attn_implementation": property(
+            lambda self: _NAME, lambda self, value: base._attn_implementation.__set__(self, value)
+        ),
+        "__reduce_ex__": reduce,
+    }
+    if base.sub_configs:  # else it would only slow down every look at a setting
+        body["__getattribute__"] = read
+    return type(base.__name__, (base,), body)
 
 
 def _plain_configuration(base: type[PreTrainedConfig], attributes: dict) -> PreTrainedConfig:
@@ -363,8 +366,6 @@ def _attend(
 
 def _refuse_what_nobody_honours(module: nn.Module, settings: dict) -> None:
     asked = [name for name, neutral in _REFUSED.items() if settings.get(name) not in neutral]
-    if getattr(module.config, "output_attentions", False) and "output_attentions" not in settings:
-        asked.append("output_attentions (config.output_attentions)")
     if asked:
         raise NotImplementedError(
             f"layer {module.layer_idx} asks for {', '.join(asked)}, "
