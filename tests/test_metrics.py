@@ -26,3 +26,15 @@ def test_pseudo_values_of_a_mean_are_the_values_and_of_a_ratio_have_its_spread()
     assert ratio.mean() == pytest.approx(a.mean() / b.mean(), rel=1e-4)
     linear = (a - a.mean() / b.mean() * b) / b.mean()  # the delta method's form
     assert ratio.std() == pytest.approx(linear.std(), rel=0.01)
+
+
+def test_pseudo_values_refuse_what_is_not_smooth():
+    random = np.random.default_rng(0)
+    tied = {name: random.standard_normal(400) for name in "abcdef"}
+    tied = {
+        name: values - values.mean() for name, values in tied.items()
+    }  # a maximum of exact ties
+    with pytest.raises(ValueError, match="not smooth"):
+        pseudo_values(tied, lambda d: max(values.mean() for values in d.values()))
+    with pytest.raises(ValueError, match="not smooth"):
+        pseudo_values(tied, lambda d: float(d["a"].mean() > -1))

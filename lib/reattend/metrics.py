@@ -22,17 +22,27 @@ def pseudo_values(
 ) -> Float[np.ndarray, " items"]:
     """One value an item whose mean is the statistic, up to its bias: n times it less n - 1 times it without the item.
 
-    The jackknife's linear form of a smooth statistic (Tukey 1958), so that it has an interval of means.
+    The jackknife's linear form of a smooth statistic (Tukey 1958), so that it has an interval of means. A
+    maximum of near ties or a count of wins is not smooth: choose its argument once, then hold it fixed.
 
     Args:
         arrays: equally long along their first axis, which runs over items.
+
+    Raises:
+        ValueError: from eight items on, when the values have no spread although the arrays have, or their
+            mean lies more than a standard error from the statistic, as happens where it is not smooth.
     """
     n = len(next(iter(arrays.values())))
     whole = statistic(arrays)
     if n == 1:
         return np.array([whole])
     without = [statistic({k: np.delete(a, i, axis=0) for k, a in arrays.items()}) for i in range(n)]
-    return n * whole - (n - 1) * np.array(without)
+    values = n * whole - (n - 1) * np.array(without)
+    error = values.std(ddof=1) / np.sqrt(n)
+    stuck = error == 0 and any(np.ptp(a, axis=0).any() for a in arrays.values())
+    if n >= 8 and (stuck or abs(values.mean() - whole) > error + 1e-12 * abs(whole)):
+        raise ValueError("the statistic is not smooth: hold fixed what it chooses or counts")
+    return values
 
 
 def ranks_of_answers(scores: Float[Tensor, "queries candidates"]) -> Int[Tensor, " queries"]:
