@@ -76,7 +76,9 @@ def test_scores_of_a_map_that_is_its_mask():
 
 def test_lrp_sr_and_blur_are_those_of_the_method():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 30 * 30, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 30 * 30, 3)
+    ).eval()
     images = torch.randn(2, 3, 32, 32)
     atlas = Atlas(48, Context(stride=4, scales=(1.0, 0.5)))
     found = atlas.lrp_and_sr(model, images, suffix="!")
@@ -101,7 +103,9 @@ def test_marks_tint_a_square_and_nothing_else(seed):
     assert torch.equal(marked[outside], pixels[outside])
     for number in range(5):
         inside = marked[number][:, masks[number]].int()
-        half = (pixels[number][:, masks[number]].int() + torch.tensor(study.MARKS)[number][:, None]) // 2
+        half = (
+            pixels[number][:, masks[number]].int() + torch.tensor(study.MARKS)[number][:, None]
+        ) // 2
         assert torch.equal(inside, half)
 
 

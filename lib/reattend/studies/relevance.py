@@ -179,7 +179,7 @@ class Curves:
 
 
 def height(
-    curve: Float[np.ndarray, "shares batch"], shares: Sequence[float]
+    curve: Float[np.ndarray, "shares batch"], shares: Sequence[float | int]
 ) -> Float[np.ndarray, " batch"]:
     """Mean height of curves over the shares, by trapezia."""
     return np.trapezoid(curve, shares, axis=0) / shares[-1]
