@@ -9,9 +9,12 @@ from torch import nn
 from torch.nn import functional
 
 from reattend.studies.probing import (
+    Folds,
     ProbePlan,
+    ProjectedMean,
     batches,
     few_labels,
+    fold_by_identity,
     hits,
     nearest_neighbours,
     pareto_front,
@@ -20,7 +23,8 @@ from reattend.studies.probing import (
 )
 from reattend.vision.efficient_probing import EfficientProbing, MeanPooling, Probe
 
-PLAN = ProbePlan(classes=3, steps=40, batch=16, rates=[0.0001, 0.01], seeds=2)
+PLAN = ProbePlan(classes=3, steps=40, batch=16, rates=[0.0001, 0.01])
+ALL = torch.arange(50)
 
 
 def data(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,24 +38,49 @@ def data(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, labels
 
 
-def sides() -> tuple[dict, dict]:
-    made = {name: data(n, n) for name, n in (("train", 150), ("validation", 60), ("test", 90))}
-    return {n: d[0] for n, d in made.items()}, {n: d[1] for n, d in made.items()}
+def divided(count: int = 300) -> tuple[torch.Tensor, torch.Tensor, Folds]:
+    tokens, labels = data(count, 1)
+    identities = [str(place // 2) for place in range(count)]
+    return tokens, labels, fold_by_identity(identities, torch.arange(60), 3, seed=2)
+
+
+def test_folds_keep_identities_together_and_test_each_picture_once():
+    identities = [f"i{place % 25}" for place in range(100)]
+    aside = torch.tensor([place for place in range(100) if place % 25 < 5])
+    folds = fold_by_identity(identities, aside, 4)
+    assert sorted([*folds.tested.tolist(), *aside.tolist()]) == list(range(100))
+    names = [{identities[place] for place in part.tolist()} for part in folds.parts]
+    assert [len(part) for part in names] == [5] * 4
+    assert len(set.union(*names)) == 20
+    for fold, part in enumerate(folds.parts):
+        assert not set(part.tolist()) & set(folds.training(fold).tolist())
+    with pytest.raises(ValueError, match="at least two folds"):
+        fold_by_identity(identities, aside, 1)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_projected_mean_is_ep_with_queries_of_zero(seed):
+    torch.manual_seed(seed)
+    tokens, ep, plain = torch.randn(5, 9, 8), EfficientProbing(8, 4), ProjectedMean(8)
+    with torch.no_grad():
+        ep.queries.zero_()
+        plain.v.weight.copy_(ep.v.weight)
+    torch.testing.assert_close(plain(tokens), ep(tokens))
 
 
 def test_a_stack_of_rates_is_the_same_as_each_rate_alone():
     tokens, labels = data(50, 0)
-    make = partial(EfficientProbing, 8, 2)
-    together = train_probes(make, [0.001, 0.02], tokens, labels, PLAN, seed=3)
-    for rate, probe in zip([0.001, 0.02], together, strict=True):
-        (alone,) = train_probes(make, [rate], tokens, labels, PLAN, seed=3)
-        for name, tensor in alone.state_dict().items():
-            torch.testing.assert_close(probe.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+    for make in (partial(EfficientProbing, 8, 2), partial(ProjectedMean, 8)):
+        together = train_probes(make, [0.001, 0.02], tokens, labels, PLAN, 3, ALL)
+        for rate, probe in zip([0.001, 0.02], together, strict=True):
+            (alone,) = train_probes(make, [rate], tokens, labels, PLAN, 3, ALL)
+            for name, tensor in alone.state_dict().items():
+                torch.testing.assert_close(probe.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_training_equals_a_plain_loop():
     tokens, labels = data(50, 0)
-    (probe,) = train_probes(partial(MeanPooling, 8), [0.02], tokens, labels, PLAN, seed=1)
+    (probe,) = train_probes(partial(MeanPooling, 8), [0.02], tokens, labels, PLAN, 1, ALL)
     torch.manual_seed(1)
     plain = Probe(MeanPooling(8), 3).train()
     optimiser = torch.optim.AdamW(plain.parameters(), lr=0.02, weight_decay=0.0)
@@ -70,37 +99,47 @@ def test_training_equals_a_plain_loop():
 
 
 def test_study_chooses_the_rate_on_validation_and_attention_finds_the_token():
-    tokens, labels = sides()
-    plan = ProbePlan(classes=3, steps=150, batch=32, rates=[0.0001, 0.05], seeds=2)
-    attentive = study(partial(EfficientProbing, 8, 2), tokens, labels, plan)
-    linear = study(partial(MeanPooling, 8), tokens, labels, plan)
+    tokens, labels, folds = divided()
+    plan = ProbePlan(classes=3, steps=150, batch=32, rates=[0.0001, 0.05])
+    attentive = study(partial(EfficientProbing, 8, 2), tokens, labels, folds, plan)
+    linear = study(partial(MeanPooling, 8), tokens, labels, folds, plan)
     assert attentive.rate == 0.05
-    assert attentive.hits.shape == (2, 90)
+    assert attentive.hits.shape == (240,)
     assert attentive.parameters == 2 * 8 + 64 + 27
     assert attentive.accuracy > linear.accuracy + 5
-    assert attentive.accuracy == pytest.approx(
-        100 * np.mean([hits(p, tokens["test"], labels["test"]).mean() for p in attentive.probes])
-    )
+    tested = zip(attentive.probes, folds.parts, strict=True)
+    each = [100 * hits(probe, tokens, labels, part).mean() for probe, part in tested]
+    assert attentive.folds == pytest.approx(each)
+    assert attentive.accuracy == pytest.approx(np.mean(each))  # folds of equal size
 
 
-def test_test_labels_do_not_influence_training():
-    tokens, labels = sides()
-    first = study(partial(MeanPooling, 8), tokens, labels, PLAN)
-    changed = labels | {"test": (labels["test"] + 1) % 3}
-    second = study(partial(MeanPooling, 8), tokens, changed, PLAN)
-    assert first.rate == second.rate
+def test_a_picture_does_not_influence_the_probe_that_tests_it():
+    tokens, labels, folds = divided()
+    first = study(partial(MeanPooling, 8), tokens, labels, folds, PLAN)
+    for fold, part in enumerate(folds.parts):
+        changed = labels.clone()
+        changed[part] = (changed[part] + 1) % 3
+        second = study(partial(MeanPooling, 8), tokens, changed, folds, PLAN)
+        same = [
+            torch.equal(a.classifier.weight, b.classifier.weight)
+            for a, b in zip(first.probes, second.probes, strict=True)
+        ]
+        assert same == [other == fold for other in range(3)]
+
+
+def test_a_share_of_the_labels_trains_on_that_share():
+    tokens, labels, folds = divided()
+    first = study(partial(MeanPooling, 8), tokens, labels, folds, PLAN, share=0.1)
+    used = set()
+    for fold in range(3):
+        items = folds.training(fold)
+        used |= set(items[few_labels(labels[items], 0.1, fold)].tolist())
+    unused = [p for p in folds.tested.tolist() if p not in used]
+    spoiled = labels.clone()
+    spoiled[unused] = (spoiled[unused] + 1) % 3
+    second = study(partial(MeanPooling, 8), tokens, spoiled, folds, PLAN, share=0.1)
     for a, b in zip(first.probes, second.probes, strict=True):
         assert torch.equal(a.classifier.weight, b.classifier.weight)
-
-
-def test_chosen_items_alone_are_used():
-    tokens, labels = sides()
-    chosen = [torch.arange(0, 150, 5), torch.arange(0, 150, 3)]
-    first = study(partial(MeanPooling, 8), tokens, labels, PLAN, chosen)
-    spoiled = tokens["train"].clone()
-    spoiled[1] = 100.0  # in neither selection
-    second = study(partial(MeanPooling, 8), tokens | {"train": spoiled}, labels, PLAN, chosen)
-    assert np.array_equal(first.hits, second.hits)
 
 
 def test_batches_cover_an_epoch_without_repetition():
@@ -119,10 +158,10 @@ def test_few_labels_keep_every_class():
 
 
 def test_nearest_neighbours_choose_on_validation():
-    tokens, labels = sides()
-    features = {n: functional.one_hot(y, 3).float() + 0.01 for n, y in labels.items()}
-    assert nearest_neighbours(features, labels).mean() == 1.0
-    assert nearest_neighbours({n: t.mean(1) for n, t in tokens.items()}, labels).shape == (90,)
+    tokens, labels, folds = divided()
+    perfect = functional.one_hot(labels, 3).float() + 0.01
+    assert nearest_neighbours(perfect, labels, folds).mean() == 1.0
+    assert nearest_neighbours(tokens.mean(1), labels, folds).shape == (240,)
 
 
 def test_front_keeps_what_nothing_cheaper_reaches():
@@ -137,4 +176,5 @@ def test_hits_counts_in_order():
 
     tokens = torch.eye(3)[:, None].repeat(200, 1, 1)
     labels = torch.tensor([0, 1, 0]).repeat(200)
-    assert hits(Fixed(), tokens, labels).tolist() == [1.0, 1.0, 0.0] * 200
+    chosen = torch.arange(599, -1, -1)
+    assert hits(Fixed(), tokens, labels, chosen).tolist() == [0.0, 1.0, 1.0] * 200

@@ -25,6 +25,7 @@ from reattend.vision.efficient_probing import (
     foreground_mass,
     knn_predict,
     linear_parameters,
+    mean_pairwise_correlation,
     mean_pairwise_cosine,
     mhca_macs,
     poolings,
@@ -397,3 +398,13 @@ def test_training_a_probe_leaves_the_encoder_alone():
     assert losses[-1] < 0.5 * losses[0]
     assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_pairwise_correlation_equals_all_pairs_and_ignores_flatness():
+    maps = torch.rand(3, 4, 11, dtype=torch.float64).softmax(-1)
+    for image, value in zip(maps, mean_pairwise_correlation(maps), strict=True):
+        pairs = torch.corrcoef(image)[torch.triu_indices(4, 4, 1).unbind()]
+        torch.testing.assert_close(value, pairs.mean())
+    flat = 0.01 * maps + 0.99 / 11
+    assert (mean_pairwise_cosine(flat) > 0.99).all()
+    torch.testing.assert_close(mean_pairwise_correlation(flat), mean_pairwise_correlation(maps))

@@ -1,14 +1,15 @@
 """Training and comparing probes on cached tokens: the protocol that studies of probing share.
 
-All probes of one encoder see the same tokens, steps, batches and learning rates to choose from. The rate is
-chosen on the validation side with the first seed; then every seed runs at that rate. The probes of a
-grid of rates differ in nothing else, so they are trained as one stack that reads each batch once.
+All probes of one encoder see the same tokens, steps, batches and learning rates to choose from. Pictures are
+tested by cross-fitting: identities are divided into folds, each is tested by a probe that was trained on the
+others, with the fold's number as seed. The rate is chosen on the validation side with the first fold. The
+probes of a grid of rates differ in nothing else, so they are trained as one stack that reads each batch once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +19,45 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from reattend.vision.efficient_probing import Probe, knn_predict
+from reattend.vision.efficient_probing import Probe, knn_predict, project
 
-Sides = Mapping[str, Tensor]
-"""What belongs to "train", "validation" and "test"."""
+
+@dataclass(frozen=True)
+class Folds:
+    """Positions of the pictures that choose learning rates, and of those that take turns in being tested."""
+
+    validation: Int[Tensor, " chosen"]
+    parts: tuple[Int[Tensor, " part"], ...]
+
+    @property
+    def tested(self) -> Int[Tensor, " pictures"]:
+        """Positions of all tested pictures, fold by fold: the order of `ProbeRun.hits`."""
+        return torch.cat(self.parts)
+
+    def training(self, fold: int) -> Int[Tensor, " pictures"]:
+        """Positions of the pictures that train the probe of a fold: those of the other folds."""
+        return torch.cat([part for other, part in enumerate(self.parts) if other != fold])
+
+
+def fold_by_identity(
+    identities: Sequence[str], validation: Int[Tensor, " chosen"], count: int, seed: int = 0
+) -> Folds:
+    """Folds of about equally many identities; all pictures of an identity lie in one.
+
+    Raises:
+        ValueError: for fewer than two folds.
+    """
+    if count < 2:
+        raise ValueError(f"cross-fitting needs at least two folds, got {count}")
+    aside = set(validation.tolist())
+    names = sorted({name for place, name in enumerate(identities) if place not in aside})
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    fold = {names[place]: rank % count for rank, place in enumerate(order)}
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for place, name in enumerate(identities):
+        if place not in aside:
+            parts[fold[name]].append(place)
+    return Folds(validation, tuple(torch.tensor(part) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -32,7 +68,23 @@ class ProbePlan:
     steps: int
     batch: int
     rates: Sequence[float]
-    seeds: int
+
+
+class ProjectedMean(nn.Module):
+    """EP with its attention taken away: the mean of the tokens' values, whatever the number of queries.
+
+    What EP is when all its queries are zero, with as many parameters but for the queries.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.width = dim
+        self.v = nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "*stack batch dim"]:
+        return project(tokens.mean(1), self.v.weight)
 
 
 @dataclass(frozen=True)
@@ -40,61 +92,68 @@ class ProbeRun:
     """One kind of probe after training.
 
     Attributes:
-        probes: one trained probe per seed.
+        probes: one trained probe for each fold.
         rate: the learning rate that was chosen.
         parameters: trainable parameters of one probe with its classifier.
-        validation: accuracy on the validation side in %, mean over seeds.
-        hits: 1 where a test picture got its right class, [seeds, pictures].
+        validation: accuracy on the validation side in %, mean over folds.
+        hits: 1 where a tested picture got its right class, in the order of `Folds.tested`.
+        folds: accuracy on each fold in %.
     """
 
     probes: list[Probe]
     rate: float
     parameters: int
     validation: float
-    hits: np.ndarray
+    hits: Float[np.ndarray, " pictures"]
+    folds: list[float]
 
     @property
     def accuracy(self) -> float:
-        """Accuracy on the test side in %, mean over seeds."""
+        """Accuracy on all tested pictures in %."""
         return 100 * float(self.hits.mean())
 
 
 def study(
     pooling: Callable[[], nn.Module],
-    tokens: Sides,
-    labels: Sides,
+    tokens: Float[Tensor, "items tokens dim"],
+    labels: Int[Tensor, " items"],
+    folds: Folds,
     plan: ProbePlan,
-    chosen: Sequence[Tensor] | None = None,
+    share: float = 1.0,
 ) -> ProbeRun:
-    """Choose the learning rate of a probe, train it with every seed, and test it.
+    """Choose the learning rate of a probe, then train and test it fold by fold.
 
     Args:
         pooling: makes the untrained pooling.
-        tokens, labels: of the three sides; tokens are [pictures, tokens, dim].
+        tokens, labels: of all pictures.
+        folds: which of them train, choose and test.
         plan: how to train.
-        chosen: for each seed the positions of the training pictures it may use; all by default.
+        share: of each class's training labels that a probe may see; every fold draws its own.
     """
-    probes, rates = [], list(plan.rates)
-    for seed in range(plan.seeds):
-        items = slice(None) if chosen is None else chosen[seed]
-        train, targets = tokens["train"][items], labels["train"][items]
-        trained = train_probes(pooling, rates, train, targets, plan, seed)
-        if seed == 0:
-            marks = [_mark(probe, tokens, labels) for probe in trained]
+    probes, found, rates = [], [], list(plan.rates)
+    for fold, part in enumerate(folds.parts):
+        items = folds.training(fold)
+        if share < 1:
+            items = items[few_labels(labels[items], share, fold)]
+        trained = train_probes(pooling, rates, tokens, labels, plan, fold, items)
+        if fold == 0:
+            marks = [_mark(probe, tokens, labels, folds) for probe in trained]
             best = int(np.argmax(marks))
             rates, trained = [rates[best]], [trained[best]]
         probes += trained
+        found.append(hits(trained[0], tokens, labels, part))
     return ProbeRun(
         probes,
         rates[0],
         sum(parameter.numel() for parameter in probes[0].parameters()),
-        100 * float(np.mean([_mark(probe, tokens, labels) for probe in probes])),
-        np.stack([hits(probe, tokens["test"], labels["test"]) for probe in probes]),
+        100 * float(np.mean([_mark(probe, tokens, labels, folds) for probe in probes])),
+        np.concatenate(found),
+        [100 * float(part.mean()) for part in found],
     )
 
 
-def _mark(probe: Probe, tokens: Sides, labels: Sides) -> float:
-    return float(hits(probe, tokens["validation"], labels["validation"]).mean())
+def _mark(probe: Probe, tokens: Tensor, labels: Tensor, folds: Folds) -> float:
+    return float(hits(probe, tokens, labels, folds.validation).mean())
 
 
 def train_probes(
@@ -104,8 +163,9 @@ def train_probes(
     labels: Int[Tensor, " items"],
     plan: ProbePlan,
     seed: int,
+    items: Int[Tensor, " chosen"],
 ) -> list[Probe]:
-    """Train one probe per learning rate from the same start on the same batches.
+    """Train one probe per learning rate from the same start on the same batches of the pictures `items`.
 
     AdamW without weight decay; warm-up over a tenth of the steps, then a cosine to zero.
     """
@@ -130,9 +190,9 @@ def train_probes(
         name: torch.stack([probe.get_buffer(name) for probe in probes])
         for name, _ in probes[0].named_buffers()
     }
-    order = batches(len(tokens), plan.batch, seed)
+    order = batches(len(items), plan.batch, seed)
     for _ in range(plan.steps):
-        part = next(order)
+        part = items[next(order)]
         stack = {name: torch.stack([p.get_parameter(name) for p in probes]) for name in names}
         scores = torch.func.functional_call(probes[0], (stack, buffers), tokens[part])
         targets = labels[part].repeat(len(probes))
@@ -159,24 +219,32 @@ def batches(count: int, size: int, seed: int) -> Iterator[Int[Tensor, " part"]]:
 
 @torch.no_grad()
 def hits(
-    probe: nn.Module, tokens: Float[Tensor, "items tokens dim"], labels: Int[Tensor, " items"]
-) -> np.ndarray:
-    """1 where the probe names the right class, else 0."""
-    predicted = torch.cat([probe(part).argmax(-1) for part in tokens.split(256)])
-    return (predicted == labels).float().cpu().numpy()
+    probe: nn.Module,
+    tokens: Float[Tensor, "items tokens dim"],
+    labels: Int[Tensor, " items"],
+    chosen: Int[Tensor, " part"],
+) -> Float[np.ndarray, " part"]:
+    """1 where the probe names the right class of a chosen picture, else 0."""
+    predicted = torch.cat([probe(tokens[part]).argmax(-1) for part in chosen.split(256)])
+    return (predicted == labels[chosen]).float().cpu().numpy()
 
 
-def nearest_neighbours(features: Sides, labels: Sides) -> np.ndarray:
-    """Hits of k-NN on the test side, with k and temperature chosen on the validation side."""
-    bank, known = features["train"], labels["train"]
+def nearest_neighbours(
+    features: Float[Tensor, "items dim"], labels: Int[Tensor, " items"], folds: Folds
+) -> Float[np.ndarray, " pictures"]:
+    """Hits of k-NN in the order of `Folds.tested`; k and temperature are chosen on the validation side."""
 
-    def right(side: str, setting: tuple[int, float]) -> Tensor:
-        return (knn_predict(bank, known, features[side], *setting) == labels[side]).float()
+    def right(chosen: Tensor, fold: int, setting: tuple[int, float]) -> Tensor:
+        bank = folds.training(fold)
+        found = knn_predict(features[bank], labels[bank], features[chosen], *setting)
+        return (found == labels[chosen]).float()
 
-    neighbours = [k for k in (5, 10, 20, 50, 100, 200) if k <= len(bank)]
+    smallest = min(len(folds.training(fold)) for fold in range(len(folds.parts)))
+    neighbours = [k for k in (5, 10, 20, 50, 100, 200) if k <= smallest]
     settings = [(k, temperature) for k in neighbours for temperature in (0.07, 0.1, 0.2)]
-    best = max(settings, key=lambda setting: right("validation", setting).mean().item())
-    return right("test", best).cpu().numpy()
+    best = max(settings, key=lambda setting: right(folds.validation, 0, setting).mean().item())
+    tested = [right(part, fold, best) for fold, part in enumerate(folds.parts)]
+    return torch.cat(tested).cpu().numpy()
 
 
 def few_labels(

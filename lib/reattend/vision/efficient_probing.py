@@ -428,6 +428,20 @@ def mean_pairwise_cosine(
     return (unit.sum(1).square().sum(-1) - count) / (count * (count - 1))
 
 
+def mean_pairwise_correlation(
+    maps: Float[Tensor, "batch queries tokens"],
+) -> Float[Tensor, " batch"]:
+    """Mean Pearson correlation over all pairs of an image's maps.
+
+    Unlike the cosine it does not count how flat the maps are: nearly uniform maps are alike by their
+    cosine whatever they look at.
+
+    Raises:
+        ValueError: for a single map, which has no pair.
+    """
+    return mean_pairwise_cosine(maps - maps.mean(-1, keepdim=True))
+
+
 def foreground_mass(
     maps: Float[Tensor, "batch queries tokens"], coverage: Float[Tensor, "batch tokens"]
 ) -> Float[Tensor, " batch"]:
