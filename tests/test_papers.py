@@ -22,7 +22,6 @@ UNFINISHED = frozenset(
         "trans_encoder",
         "a_mtrl",
         "icl_regression",
-        "efficient_probing",
         "salient_relevance",
     }
 )
