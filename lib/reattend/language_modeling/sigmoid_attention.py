@@ -202,8 +202,7 @@ class Attention(nn.Module):
 class LayerScale(nn.Module):
     """gamma * module(x), one trained gamma per channel, all equal at the start.
 
-    Wraps a mixer or a feed-forward network of width `width`; a mixer's reading of tokens and its own loss stay.
-    A cache is not handed on: `Trunk.start_cache` refuses the wrapper.
+    Wraps a mixer or a feed-forward network of width `width`.
     """
 
     def __init__(self, width: int, module: nn.Module, start: float = 1e-4):
@@ -211,19 +210,8 @@ class LayerScale(nn.Module):
         self.module = module
         self.gamma = nn.Parameter(torch.full((width,), start))
 
-    @property
-    def reads_tokens(self) -> bool:
-        return getattr(self.module, "reads_tokens", False)
-
-    @property
-    def auxiliary_loss(self) -> Tensor:
-        """The module's own; AttributeError where it has none."""
-        return self.module.auxiliary_loss
-
-    def forward(
-        self, x: Float[Tensor, "*places width"], *tokens: Tensor
-    ) -> Float[Tensor, "*places width"]:
-        return self.gamma * self.module(x, *tokens)
+    def forward(self, x: Float[Tensor, "*places width"]) -> Float[Tensor, "*places width"]:
+        return self.gamma * self.module(x)
 
     def state_size(self, length: int) -> int:
         return self.module.state_size(length)
