@@ -109,7 +109,7 @@ def fit_flow(
     omega: Float[np.ndarray, "snapshots 2"],
     mu: Float[np.ndarray, "snapshots 2"],
     time: Float[np.ndarray, " snapshots"],
-    setting: dict[str, float],
+    setting: dict[str, int | float],
 ) -> FlowFit:
     """The flow that starts where the trained heads first have the signs that they keep.
 
@@ -212,7 +212,7 @@ def tasks_table(
     mu: Float[Tensor, "seeds heads 2"],
     models: Mapping[int, slice],
     shared: Mapping[int, PER_SEED],
-    risk: Float[np.ndarray, "seeds models+1"],
+    risk: Float[np.ndarray, "seeds models"],
 ) -> pd.DataFrame:
     """One row a model and seed: what every head gives to either task, and the risk.
 
