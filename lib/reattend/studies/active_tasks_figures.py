@@ -109,7 +109,7 @@ def draw_relevance(
     right.set(xscale="log", xlabel="penalty", title="one Lasso path")
     right.margins(x=0.02, y=0.08)
     right.invert_xaxis()
-    right.legend(loc="center right")
+    right.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
     return fig
 
 
