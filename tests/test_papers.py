@@ -20,8 +20,6 @@ UNFINISHED = frozenset(
         "attention_iat",
         "dse",
         "trans_encoder",
-        "a_mtrl",
-        "icl_regression",
         "efficient_probing",
         "salient_relevance",
     }
