@@ -51,7 +51,7 @@ def draw_error(
         panels: title -> method -> errors [totals, runs].
         laws: title -> method -> the law's error at every total.
     """
-    fig, axes = plt.subplots(1, len(panels), figsize=(10, 4))
+    fig, (axes,) = plt.subplots(1, len(panels), figsize=(10, 4), squeeze=False)
     for axis, (title, methods) in zip(axes, panels.items(), strict=True):
         for method, runs in methods.items():
             spread = np.broadcast_to(np.array(totals)[:, None], runs.shape)
@@ -123,7 +123,7 @@ def draw_cost(
         bars: kind of cost -> method -> cost by the paper's constants, by the first-order law.
         measured: kind -> method -> one value a repetition.
     """
-    fig, axes = plt.subplots(1, len(bars), figsize=(10, 3.8))
+    fig, (axes,) = plt.subplots(1, len(bars), figsize=(10, 3.8), squeeze=False)
     for axis, (kind, methods) in zip(axes, bars.items(), strict=True):
         for place, (method, pair) in enumerate(methods.items()):
             for side, (height, colour) in enumerate(zip(pair, (REPORTED, COLOURS[9]), strict=True)):
@@ -152,7 +152,7 @@ def draw_targets(
         errors: method -> [draws, targets]; draws are drawn pale, their means dark.
         groups: names of equally many neighbouring targets, drawn in one colour each.
     """
-    fig, axes = plt.subplots(1, len(others), figsize=(9.5, 4.6))
+    fig, (axes,) = plt.subplots(1, len(others), figsize=(9.5, 4.6), squeeze=False)
     each = errors[ours].shape[1] // len(groups)
     end = 1.02 * max(errors[m].max() for m in (ours, *others))
     for axis, other in zip(axes, others, strict=True):
@@ -205,7 +205,7 @@ def draw_relatedness(
 
 def draw_separation(largest: int = 10_000) -> Figure:
     """Samples needed by L2 over L1 sampling on the separating instance, in closed form."""
-    counts = np.unique(np.logspace(0.31, np.log10(largest), 60).astype(int))
+    counts = np.unique(np.logspace(0.31, np.log10(largest), 60).astype(int)).tolist()
     fig, axis = plt.subplots(figsize=(7.5, 4))
 
     def line(ratio: Callable[[int], float], **style) -> None:
