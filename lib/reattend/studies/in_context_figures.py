@@ -134,7 +134,7 @@ def draw_paths(
             axis.plot(steps, total, color="0.3", lw=1.2, label=f"sum of both {symbol}, median")
         axis.set_xscale("symlog", linthresh=10 * (steps[1] - steps[0]))
         axis.set(xlabel="training step (linear, then logarithmic)", ylabel=symbol)
-        axis.legend(loc="center left")
+        axis.legend(loc="upper left")
     for seed in np.flatnonzero(split):
         for head, colour in ((0, COLOURS[0]), (1, COLOURS[3])):
             omega, mu = (ordered[name][:, seed, head] for name in ("omega", "mu"))
