@@ -20,6 +20,7 @@ UNFINISHED = frozenset(
         "attention_iat",
         "dse",
         "trans_encoder",
+        "icl_regression",
         "efficient_probing",
         "salient_relevance",
     }
