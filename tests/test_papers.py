@@ -20,7 +20,6 @@ UNFINISHED = frozenset(
         "attention_iat",
         "dse",
         "trans_encoder",
-        "a_mtrl",
         "icl_regression",
         "salient_relevance",
     }

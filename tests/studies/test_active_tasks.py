@@ -1,0 +1,126 @@
+"""Oracles of active multi-task experiments: what every allocation learns, costs, and shares of relevance."""
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from reattend.studies.active_tasks import (
+    INSTANCES,
+    Costs,
+    PictureTasks,
+    SyntheticSetting,
+    SyntheticTasks,
+)
+from reattend.theory.a_mtrl import CORRUPTIONS, block_heads, bound_constants
+
+TOTALS = (1800, 3600)
+
+
+@cache
+def tasks(seed, noise=0.4):
+    setting = SyntheticSetting(3, 12, 9, 3, noise, 45, 10, 0.2)
+    made = SyntheticTasks(setting, seed)
+    for place, total in enumerate(TOTALS):
+        for name in INSTANCES:
+            made.run(name, total, np.random.default_rng([seed, place]))
+    return made
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_without_noise_every_method_with_sources_of_all_directions_is_exact(seed):
+    made = tasks(seed, noise=1e-9)
+    for (name, _, method), error in made.error.items():
+        if method not in ("single source", "target only"):
+            assert error.max() < 1e-10, (name, method)
+
+
+def test_the_target_alone_has_no_representation_error():
+    for seed in (0, 1):
+        assert tasks(seed).error["blocks", TOTALS[0], "target only"].max() < 1e-20
+
+
+def test_ratios_are_logarithms_averaged_over_cells():
+    made = tasks(0)
+    assert np.all(made.log_ratio(INSTANCES[:2], TOTALS, "L1", "L1") == 0)
+    cells = [(n, t) for n in INSTANCES[:2] for t in TOTALS]
+    by_hand = sum(np.log(made.risk[*c, "L2"]) - np.log(made.risk[*c, "L1"]) for c in cells) / 4
+    np.testing.assert_allclose(made.log_ratio(INSTANCES[:2], TOTALS, "L2", "L1"), by_hand)
+
+
+def test_the_support_is_found_where_noise_is_small():
+    precision, recall, size = tasks(0, noise=0.02).support_shares("blocks", TOTALS)
+    assert recall.min() == 1
+    assert precision.min() > 0.9
+    assert 3 <= size <= 3.4
+
+
+def test_constants_are_relative_to_l1_and_laws_match_the_bound_for_uniform_samples():
+    made = tasks(1)
+    table = made.constants(TOTALS[-1], {"L1": "one"}).set_index(["instance", "allocation"])
+    first = table.xs("L1", level="allocation")
+    assert (first[["over L1: bound", "over L1: least squares", "over L1: measured"]] == 1).all(None)
+    row = table.loc["blocks", "uniform"]
+    assert row["over L1: least squares"] == pytest.approx(row["over L1: bound"], rel=1e-9)
+    assert list(table["reported"].unique()) == ["one", "not stated"]
+
+
+def costs(curves):
+    """Costs of the block instance with errors put in by hand, 3 blocks and 12 sources."""
+    heads = block_heads(3, 12)
+    aim = torch.full((3,), 3**-0.5, dtype=torch.float64)
+    nu1 = torch.zeros(12, dtype=torch.float64)
+    nu1[:3] = aim
+    constants = bound_constants(nu1, torch.linalg.pinv(heads) @ aim)
+    made = Costs(tasks(0), TOTALS, constants, 100.0, np.random.default_rng(5))
+    made._curves = {method: curve(constants) for method, curve in curves.items()}
+    return made, constants
+
+
+@pytest.mark.parametrize(("opened", "kind"), [(0, "linear"), (300, "fixed")])
+def test_errors_by_the_constants_cost_what_is_predicted(opened, kind):
+    scale = 0.4**2 * (9 - 3)
+
+    def by_law(constants):
+        return scale * constants["l1"] / np.array([TOTALS, TOTALS])
+
+    made, constants = costs({"L1": by_law})
+    samples = TOTALS[-1] * constants["l1"] / constants["uniform"]
+    np.testing.assert_allclose(made.measured("L1", kind), samples + opened, rtol=1e-9)
+    assert made.pooled("L1", kind) == pytest.approx(samples + opened, rel=1e-9)
+    assert made.predicted("L1", kind) == pytest.approx(samples + opened, rel=1e-9)
+
+
+def test_uniform_sampling_is_predicted_to_need_the_largest_budget():
+    made, _ = costs({})
+    assert made.predicted("uniform", "linear") == pytest.approx(TOTALS[-1], rel=1e-9)
+    assert made.predicted("uniform", "fixed") == pytest.approx(TOTALS[-1] + 12 * 100, rel=1e-9)
+
+
+def test_a_lasso_path_stops_where_the_residual_is_within_the_heads_error():
+    penalties, path, chosen = tasks(0).example_path("blocks", TOTALS[0], np.random.default_rng(8))
+    assert path.shape == (len(penalties), 12)
+    assert chosen is None or chosen in penalties.tolist()
+    assert bool((penalties.diff() < 0).all())
+
+
+def test_shares_of_relevance_add_up_and_leave_out_the_targets_corruption():
+    made = PictureTasks.__new__(PictureTasks)
+    made.classes, made.chosen = ["a", "b", "c"], [0, 2]
+    generator = torch.Generator().manual_seed(0)
+    sources = 3 * (len(CORRUPTIONS) - 1)
+    draws = [[torch.randn(2, sources, generator=generator) for _ in CORRUPTIONS] for _ in range(2)]
+    by_kind, by_class = made.shares(draws)
+    assert np.isnan(np.diag(by_kind)).all()
+    np.testing.assert_allclose(np.nansum(by_kind, 1), 100, rtol=1e-5)
+    np.testing.assert_allclose(by_class.sum(1), 100, rtol=1e-5)
+    one = [[torch.zeros(2, sources) for _ in CORRUPTIONS]]
+    for part in one[0]:
+        part[:, 4] = -7.0  # second of the other corruptions, second class
+    by_kind, by_class = made.shares(one)
+    assert by_kind[0, 2] == 100
+    assert by_kind[5, 1] == 100
+    assert (by_class[:, 1] == 100).all()
+    assert math.isclose(by_class.sum(), 200)
