@@ -219,21 +219,24 @@ class Answers:
     scored: Bool[Tensor, "batch answer"]
     read: Prompt
 
-    def scores(self, model: nn.Module, method: AttentionMethod) -> pd.DataFrame:
+    def scores(
+        self, model: nn.Module, method: AttentionMethod, draws: int | None = None
+    ) -> pd.DataFrame:
         """Answers under a method, one row a prompt: "probability" of the scored tokens, share "right", "density".
 
-        A method of the cache decodes after the dense reading; another one reads the prompt, and the answer
-        is decoded densely.
+        A method of the cache, or dense attention, decodes after the dense reading; another one reads the
+        first `draws` prompts, and their answers are decoded densely.
         """
         method.clear()
-        if isinstance(method, KVSelection):
+        given, scored = self.given[:draws], self.scored[:draws].cpu()
+        if isinstance(method, KVSelection) or type(method) is AttentionMethod:
             done = follow(model, method, self.read, self.given)
-            likelihood, choices = -done.nll, done.choices
-            share = done.reads / (self.prompts.shape[1] + self.given.shape[1] / 2)
+            likelihood, choices = -done.nll[:draws], done.choices[:draws]
+            share = done.reads[:draws] / (self.prompts.shape[1] + self.given.shape[1] / 2)
         else:
-            likelihood, choices = _read_with(model, self.prompts, self.given, method)
-            share = method.density() if method.has_recorded("prefill") else 1.0
-        given, scored = self.given.cpu(), self.scored.cpu()
+            likelihood, choices = _read_with(model, self.prompts[:draws], given, method)
+            share = method.density()
+        given = given.cpu()
         probability = (likelihood.cpu().exp() * scored).sum(1) / scored.sum(1)
         right = share_right(choices.cpu(), given, scored)
         found = {"probability": probability.numpy(), "right": right.numpy()}
