@@ -13,10 +13,6 @@ from tests.pipeline.toy import ROOT
 UNFINISHED = frozenset(
     {
         "sigmoid_attention",
-        "flexprefill",
-        "recycled_attention",
-        "seer_attention",
-        "sparse_frontier",
         "attention_iat",
         "dse",
         "trans_encoder",

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from reattend.attention.baselines.streaming_llm import StreamingLLM
 from reattend.attention.host import attach
 from reattend.data.needles import NeedleSample, score_sample
+from reattend.studies.flexprefill import best_fixed, fixed
 from reattend.studies.long_context import (
     BFloat16Linear,
     PromptMaps,
@@ -96,3 +97,15 @@ def test_density_of_several_prompts_is_matched(model):
     assert maps.density(make(1)) == pytest.approx(8 / 36)
     assert maps.match(make, 0.41, 20).window == 2 * SIZE
     assert maps.covered(make(8)) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("target", [0.4, 0.6])
+def test_fixed_budgets_have_the_density_and_the_split_that_covers_most(model, target):
+    maps = PromptMaps(model, [sample(3, 64).prompt], SIZE)
+    made = best_fixed(maps, target, SIZE, 32)
+    assert maps.density(made) == pytest.approx(target, abs=0.1)
+    for split in (0.25, 0.5, 0.75):
+        other = maps.match(lambda size, split=split: fixed(split, size, SIZE), target, 32)
+        assert maps.covered(made) >= maps.covered(other)
+    half = fixed(0.25, 8, SIZE)
+    assert (half.verticals, half.slashes) == (2, 6)
