@@ -14,6 +14,7 @@ UNFINISHED = frozenset(
     {
         "sigmoid_attention",
         "flexprefill",
+        "recycled_attention",
         "attention_iat",
         "dse",
         "trans_encoder",
