@@ -15,8 +15,6 @@ UNFINISHED = frozenset(
         "sigmoid_attention",
         "flexprefill",
         "recycled_attention",
-        "seer_attention",
-        "sparse_frontier",
         "attention_iat",
         "dse",
         "trans_encoder",

@@ -188,15 +188,28 @@ def test_lines_to_cover_is_the_smallest_number():
         assert lines_to_cover(mass, coverage).item() == want
 
 
-def test_flex_takes_the_count_of_the_most_demanding_head():
-    query, key, _ = qkv(2, 4, 2, 80, 80, sharpness=1.0)
+def test_flex_is_called_head_by_head():
+    query, key, _ = qkv(2, 6, 3, 80, 80, sharpness=1.0)
     query[:, 0] *= 20  # a head that needs few lines
+    method = FlexVerticalSlash(coverage=0.6, least=4, last_queries=70, sink=1, local=2)
+    together = method.lines(query, key, scale=SCALE)
+    repeated = repeat_key_heads(key, 6)
+    for head in range(6):
+        one = slice(head, head + 1)
+        alone = method.lines(query[:, one], repeated[:, one], scale=SCALE)
+        for ours, want in zip(together, alone, strict=True):
+            assert torch.equal(ours[:, one], want)
+
+
+def test_flex_keeps_what_each_head_needs():
+    query, key, _ = qkv(2, 4, 2, 80, 80, sharpness=1.0)
+    query[:, 0] *= 20
     method = FlexVerticalSlash(coverage=0.6, least=4, last_queries=80, sink=0, local=1)
     columns, _ = method.lines(query, key, scale=SCALE)
     _, weights = dense_attention(query, key, key, scale=SCALE, causal=True, return_weights=True)
     need = lines_to_cover(line_mass(weights)[0], 0.6)
-    assert (need[:, 0] < need.amax(1)).all()
-    assert torch.equal(columns.sum(-1), need.amax(1, keepdim=True).expand(2, 4))
+    assert (need[:, 0] < need[:, 1:].amin(1)).all()
+    assert torch.equal(columns.sum(-1), need.clamp_min(4))
 
 
 def test_flex_keeps_at_least_its_minimum():

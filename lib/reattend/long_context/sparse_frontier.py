@@ -150,7 +150,7 @@ class VerticalSlashTokens(LineMethod):
 
 
 class FlexVerticalSlash(LineMethod):
-    """FlexPrefill as the paper runs it: Vertical-Slash whose budget follows the input.
+    """FlexPrefill as the paper runs it: Vertical-Slash whose budget follows head and input.
 
     The query-aware pattern and the switch between patterns of FlexPrefill are left out.
     """
@@ -179,9 +179,8 @@ class FlexVerticalSlash(LineMethod):
     def budget(
         self, mass: Float[Tensor, "batch heads keys"], forced: int
     ) -> Int[Tensor, "#batch #heads"]:
-        """One number for the heads of a layer: what the most demanding of them needs."""
-        needed = lines_to_cover(mass, self.coverage).amax(dim=1, keepdim=True)
-        return needed.clamp_min(max(self.least, forced))
+        """What each head needs by itself: the official code calls the method head by head."""
+        return lines_to_cover(mass, self.coverage).clamp_min(max(self.least, forced))
 
 
 def line_mass(
@@ -221,10 +220,11 @@ def line_mask(
 ) -> Bool[Tensor, "batch heads queries keys"]:
     """Causal union of columns and diagonals; the last query stands at the last key."""
     keys = columns.shape[-1]
-    position = torch.arange(keys, device=columns.device)
-    distance = position[keys - queries :, None] - position
-    on_diagonal = diagonals[..., distance.clamp_min(0)]
-    return (columns[..., None, :] | on_diagonal) & (distance >= 0)
+    # Row by row the distances shift by one: windows on the reversed diagonals, nothing beyond distance 0.
+    reversed_diagonals = F.pad(diagonals.flip(-1), (0, queries - 1))
+    on_diagonal = reversed_diagonals.unfold(-1, keys, 1).flip(-2)
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=columns.device)
+    return (columns[..., None, :] & causal.tril(keys - queries)) | on_diagonal
 
 
 def pair_density(

@@ -45,7 +45,8 @@ class StepByStep(AttentionMethod):
     def __init__(self, method: KVSelection, prompt: Prompt) -> None:
         super().__init__()
         self.method = method
-        self.reads: Tensor | int = 0  # entries, summed over tokens, layers and key heads: [batch]
+        # Entries, summed over tokens, layers and key heads.
+        self.reads = torch.zeros(len(prompt.logits), device=prompt.logits.device)
         self.states = {
             number: method.begin(
                 start["query"], prompt.cache.layers[number].keys, scale=start["scale"]
@@ -155,14 +156,16 @@ def follow(
     stepwise = isinstance(method, KVSelection)
     reader = StepByStep(method, prompt) if stepwise else method
     cache = copy.deepcopy(prompt.cache)
-    with attach(model, reader):
-        logits = model(given[:, :-1], past_key_values=cache, use_cache=True).logits
-    logits = torch.cat([prompt.logits[:, None], logits.float()], dim=1)
+    logits = prompt.logits[:, None]
+    if given.shape[1] > 1:
+        with attach(model, reader):
+            rest = model(given[:, :-1], past_key_values=cache, use_cache=True).logits
+        logits = torch.cat([logits, rest.float()], dim=1)
     nll = -logits.log_softmax(dim=-1).gather(-1, given[..., None]).squeeze(-1)
     length, fed = prompt.cache.get_seq_length(), given.shape[1] - 1
     if stepwise:
         heads = len(prompt.starts) * prompt.cache.layers[0].keys.shape[1]
-        reads = reader.reads.cpu().numpy() / (heads * fed)
+        reads = reader.reads.cpu().double().numpy() / (heads * max(fed, 1))
     else:
         mean_length = length + (fed + 1) / 2
         reads = np.full(len(given), float(min(getattr(method, "budget", mean_length), mean_length)))
