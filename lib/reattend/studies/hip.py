@@ -6,12 +6,16 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from reattend.attention.dense import dense_attention
+from reattend.attention.baselines.block_topk import BlockTopK
+from reattend.attention.blocks import block_count
+from reattend.attention.dense import causal_sdpa, dense_attention
 from reattend.data.needles import TASKS, Haystack, NeedleSample, hide
 from reattend.long_context.hip_attention import (
     Found,
@@ -22,10 +26,10 @@ from reattend.long_context.hip_attention import (
     oracle_score,
     query_blocks,
     representative_unit,
-    rounds_needed,
     tree_search,
     unit_scores,
 )
+from reattend.timing import paired_times
 
 RULES = ("first", "centre", "last", "random", "oracle", "blind")
 
@@ -118,7 +122,7 @@ def unit_map(query: Tensor, key: Tensor, scale: float, tree: Tree) -> UnitMap:
     weights = weights.tril(-tree.window)[..., tree.sink :]
     short = scores.shape[-1] * tree.block_k - weights.shape[-1]
     back = len(blocks.positions) * tree.block_q - keys
-    padded = torch.nn.functional.pad(weights, (0, short, 0, back))
+    padded = F.pad(weights, (0, short, 0, back))
     mass = padded.unflatten(-1, (-1, tree.block_k)).unflatten(-3, (-1, tree.block_q))
     return UnitMap(scores, mass.sum(dim=(-3, -1)), blocks, tree)
 
@@ -184,6 +188,9 @@ def branch_hits(seen: UnitMap, k: int, rule: str, permuted: bool, seed: int) -> 
 
     Returns:
         Columns `size` (units of the larger half, rounded down to a power of two), `right`, `pairs`.
+
+    Raises:
+        ValueError: the prompt is too short for a search.
     """
     units, nodes = seen.tree.units(seen.blocks.last), k // seen.tree.block_k
     generator = torch.Generator().manual_seed(seed)
@@ -201,8 +208,9 @@ def branch_hits(seen: UnitMap, k: int, rule: str, permuted: bool, seed: int) -> 
         found.append(pd.DataFrame({"size": 2 ** level.numpy(), "right": right.numpy()}))
         return guessed
 
-    assert rounds_needed(int(units.max()), nodes) > 0
     tree_search(units, nodes, scores.shape[:2], score)
+    if not found:
+        raise ValueError(f"{int(units.max())} units leave nothing to search for {nodes}")
     grouped = pd.concat(found).groupby("size")["right"]
     return grouped.agg(right="mean", pairs="size").reset_index()
 
@@ -221,3 +229,72 @@ def _shuffled(seen: UnitMap, units: Tensor, generator: torch.Generator) -> Tenso
     luck = torch.rand(seen.scores.shape, generator=generator).to(seen.scores.device)
     unseen = torch.arange(luck.shape[-1], device=luck.device) >= units[:, None]
     return luck.masked_fill(unseen, 2.0).argsort(dim=-1)
+
+
+# --- counts and times ---
+
+
+def traced(score: Score, rounds: list[tuple[Tensor, Tensor, Tensor]]) -> Score:
+    """The same scores; start, size and score of the candidates of each round are added to `rounds`."""
+
+    def asked(start: Tensor, size: Tensor, first: int) -> Tensor:
+        rounds.append((start, size, score(start, size, first)))
+        return rounds[-1][2]
+
+    return asked
+
+
+def count_candidates(length: int, k: int, block_q: int, window: int, sink: int) -> tuple[int, int]:
+    """Units scored in one head over a prompt: by the search (with noise for scores), and all of them."""
+    tree = Tree(k, block_q, 2, 2, window, sink, "centre")
+    units = tree.units(query_blocks(length, length, block_q, 2).last)
+    generator = torch.Generator().manual_seed(0)
+    return tree_search(units, k // 2, (1, 1), noise(generator)).evaluations, int(units.sum())
+
+
+def pooled_of_density(density: float, length: int, block_size: int) -> BlockTopK:
+    """Block top-k by mean pooling whose share of the causal blocks is nearest to `density`."""
+    rows = range(1, block_count(length, block_size) + 1)
+    shares = {n: sum(min(row, n) for row in rows) / sum(rows) for n in rows}
+    return BlockTopK(k=min(shares, key=lambda n: abs(shares[n] - density)), block_size=block_size)
+
+
+@torch.inference_mode()
+def layer_times(
+    length: int,
+    method: HiPAttention,
+    rounds: int,
+    device: torch.device,
+    heads: tuple[int, int] = (9, 3),
+) -> list[dict]:
+    """Times of one layer's prefill, each interleaved with the fused dense kernel: one row a method.
+
+    `method`, block top-k of the nearest density, and the search alone, on random numbers.
+
+    Args:
+        heads: query and key heads, 64 numbers wide.
+    """
+    shapes = [(1, number, length, 64) for number in (heads[0], heads[1], heads[1])]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    call = {"scale": 0.125, "layer": method.dense_layers}
+    method.clear()
+    method.prefill(q, k, v, **call)
+    pooled = pooled_of_density(method.density(), length, method.tree.block_q)
+    timed = {
+        "HiP": lambda: method.prefill(q, k, v, **call),
+        "block top-k": lambda: pooled.prefill(q, k, v, **call),
+        "HiP, the search alone": lambda: [
+            method.select(q, k, part) for part in method.blocks(q, k)
+        ],
+    }
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    rows = []
+    for name, run in timed.items():
+        dense, sparse = paired_times(
+            lambda: causal_sdpa(q, k, v), run, rounds=rounds, synchronise=wait
+        )
+        times = {"milliseconds": 1000 * np.median(sparse), "dense": 1000 * np.median(dense)}
+        ratio = {"speed-up over dense": np.median(dense / sparse), "density": method.density()}
+        rows.append({"method": name, "length": length} | times | ratio)
+    return rows
