@@ -314,8 +314,13 @@ def section():
 
 
 def test_the_table_in_the_readme_is_that_of_the_registry():
-    """Else: print(reattend.attention.registry.table()) between its marks."""
-    assert section().split("<!-- methods -->\n")[1].split("\n<!-- /methods -->")[0] == table()
+    """Else: print(reattend.attention.registry.table()) between its marks, then `reattend report`."""
+
+    def without_claims(markdown):
+        return [line.rsplit("|", 2)[0] for line in markdown.strip().splitlines()]
+
+    ours = section().split("<!-- methods -->\n")[1].split("<!-- /methods -->")[0]
+    assert without_claims(ours) == without_claims(table())
 
 
 def test_the_readme_runs_as_it_stands(monkeypatch):

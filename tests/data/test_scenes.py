@@ -17,8 +17,11 @@ from reattend.data.scene_language import (
 from reattend.data.scenes import (
     CLASSES,
     COLOURS,
+    KINDS,
+    MISFITS,
     MODES,
     WORDS,
+    _by_class,
     dominant_colour,
     held_out_pair,
     make_scenes,
@@ -52,6 +55,13 @@ def test_every_mode_is_consistent(mode):
             ]  # fmt: skip
         assert not masks[:, count:].any()
         assert not boxes[:, count:].any()
+        assert scenes.depths[scene].tolist() == [
+            *range(count - 1, -1, -1),
+            *[-1] * (settings.objects[1] - count),
+        ]
+        signs = scenes.word_masks[scene].reshape(-1, 96, 96)
+        assert signs.flatten(1).any(1).tolist() == [settings.word] * len(signs)
+        assert not (signs & masks.any(1)).any(), "no object covers the sign"
 
 
 def test_the_same_arguments_give_the_same_bytes():
@@ -91,6 +101,51 @@ def test_mirrored_copies_stay_on_one_side():
         3,
         5,
     ]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_videos_fit_the_picture_with_every_seed(seed):
+    """What a move sweeps is rounded up: it once left the picture by a pixel in most seeds."""
+    scenes = make_scenes(6, "video", seed=seed, size=64)
+    assert (scenes.boxes[..., 2:] <= 64).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_sign_has_a_box_around_its_white_panel(seed):
+    scenes = make_scenes(8, "text", seed=seed)
+    for scene in range(8):
+        x0, y0, x1, y1 = scenes.word_boxes[scene].int().tolist()
+        assert scenes.word_masks[scene].sum() == (x1 - x0) * (y1 - y0), "a panel is a rectangle"
+        panel = scenes.pixels[scene, :, y0:y1, x0:x1].float().mean(0)
+        assert panel[0, 0] < 10, "a black frame"
+        assert panel.median() > 200, "white inside"
+    assert not make_scenes(3, "single").word_masks.any()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_objects_overlap_when_asked_and_only_then(seed):
+    def full(scenes):
+        """Whether the nearest object's box meets another's."""
+        met = 0
+        for scene in range(len(scenes)):
+            boxes = scenes.boxes[scene][present(scenes, scene)]
+            corner = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
+            width = (torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) - corner).clamp(min=0)
+            met += bool(width.prod(-1).fill_diagonal_(0).any())
+        return met
+
+    assert full(make_scenes(40, "several", seed=seed)) == 0
+    assert full(make_scenes(40, "overlapping", seed=seed)) > 20
+    assert make_scenes(40, "overlapping", seed=seed).masks.flatten(2).any(2).sum() >= 80
+
+
+def test_stamps_of_other_kinds_are_left_out():
+    names = {
+        c.identity for split in ("train", "validation", "test") for m in _by_class(split) for c in m
+    }
+    assert not names & MISFITS
+    assert min(len(m) for split in ("train", "test") for m in _by_class(split)) >= 3
+    assert len(KINDS) == len(_by_class("test"))
 
 
 def test_classes_are_equally_frequent_and_biased_when_asked():
@@ -146,6 +201,32 @@ def test_colours_of_plain_patches():
     assert COLOURS[dominant_colour(patch)] == "yellow"
 
 
+# Colours by eye; the first half was seen when the bounds were set, the second was not.
+BY_EYE = {
+    "tugboat": "red", "crossroads": "yellow", "igloo": "blue", "koala": "grey", "ladybug": "red",
+    "Apricot_whole": "orange", "prune": "purple", "inn": "brown", "lemon": "yellow", "pink_tricycle": "pink",
+    "cherries": "red", "kangaroo-silo": "black", "otter": "brown", "spider_football": "yellow",
+    "strawberry": "red", "blueberry": "blue", "tomato": "red", "stables": "brown", "dragonfly": "blue",
+    "bear": "black", "stop": "red", "donkey": "brown", "rose": "red", "spider_computer": "orange",
+    "fire_engine": "red", "apple_green": "green", "plyers": "red", "toilets": "blue", "iris": "purple",
+    "xing_ped": "yellow", "swisshome": "white", "wildboar": "black", "caboose": "orange", "gander": "white",
+    "hornet": "brown", "terex": "yellow", "chilepepper": "red", "sheep": "white", "flower2": "yellow",
+    "ostrich": "white", "rat": "brown", "mandarine": "orange", "green_korean_bus": "green", "zebra": "grey",
+    "squirrel": "brown", "pineapple": "green", "corn": "orange", "university": "grey", "yield": "red",
+    "magpie": "black", "echidna": "black", "no_entry_sign": "red", "tiger": "brown", "dolphinfish": "blue",
+    "elephant": "brown", "violin": "brown", "pumpkin_small": "orange", "flower6": "purple", "toolbox": "red",
+    "horse": "brown", "medieval_tent": "blue", "sedan": "blue", "mouse": "black", "tanker": "green",
+}  # fmt: skip
+
+
+def test_colours_are_those_that_the_eye_sees():
+    cut_outs = [c for split in ("train", "validation", "test") for m in _by_class(split) for c in m]
+    named = {c.identity: COLOURS[c.colour] for c in cut_outs}
+    for part in (list(BY_EYE)[:29], list(BY_EYE)[29:]):
+        wrong = {name: named[name] for name in part if named[name] != BY_EYE[name]}
+        assert len(wrong) <= 0.05 * len(part), wrong
+
+
 def test_bad_settings_name_what_is_allowed():
     with pytest.raises(ValueError, match="unknown mode 'many'"):
         make_scenes(1, "many")
@@ -157,6 +238,10 @@ def test_bad_settings_name_what_is_allowed():
         make_scenes(1, scale=(0.5, 1.5))
     with pytest.raises(ValueError, match="two objects"):
         make_scenes(1, compositions="held_out")
+    with pytest.raises(ValueError, match="no twins"):
+        make_scenes(1, "twins", compositions="held_out")
+    with pytest.raises(ValueError, match=r"overlap must lie in \[0, 1\]"):
+        make_scenes(1, overlap=1.5)
 
 
 def test_names_are_readable():
@@ -187,6 +272,24 @@ def test_phrases_name_one_object_each():
         for phrase, index in phrases:
             assert described(scenes, scene, index, colour=False) in phrase
     assert told > 0.9 * sum(len(present(scenes, scene)) for scene in range(60))
+
+
+def test_twins_need_a_relation_or_their_size():
+    scenes = make_scenes(60, "twins")
+    phrases = [phrase for scene in range(60) for phrase, _ in referring_phrases(scenes, scene)]
+    related = [
+        phrase for phrase in phrases if any(f" {where} the " in phrase for where in OPPOSITES)
+    ]
+    sized = [phrase for phrase in phrases if phrase.startswith(("the larger", "the smaller"))]
+    assert len(related) > 0.25 * len(phrases)
+    assert len(sized) > 0.02 * len(phrases)
+    for scene in range(60):
+        for phrase, index in referring_phrases(scenes, scene):
+            if phrase.startswith("the larger"):
+                name = phrase.removeprefix("the larger ")
+                same = [i for i in present(scenes, scene) if described(scenes, scene, i) == name]
+                areas = {i: scenes.masks[scene, i].sum().item() for i in same}
+                assert max(areas, key=areas.get) == index
 
 
 def test_answers_are_true():

@@ -29,6 +29,19 @@ def test_report_writes_between_the_markers_alone(tmp_path):
     assert readme_with_results("no markers", papers_of(tmp_path)) == "no markers"
 
 
+def test_methods_stand_beside_the_verdicts_of_their_paper(tmp_path):
+    papers = papers_of(toy.make(tmp_path))
+
+    def readme(claims):
+        rows = [
+            f"| [{m}](lib/reattend/long_context/{m}.py) | prompt |" for m in ("judged", "other")
+        ]
+        return f"<!-- methods -->\n{rows[0]} {claims} |\n{rows[1]} |\n<!-- /methods -->"
+
+    assert readme_with_results(readme("old"), papers) == readme("● ● –")
+    assert readme_with_results(readme(""), papers) == readme("● ● –")
+
+
 def test_report_changes_nothing_twice(tmp_path):
     toy.make(tmp_path)
     files = [p for p in tmp_path.rglob("*") if p.is_file()]

@@ -133,6 +133,16 @@ def test_the_loss_is_cross_entropy_on_labels_plus_the_mixers_losses(trunk, seed)
     torch.testing.assert_close(labelled_loss(trunk, ids, labels), expected)
 
 
+def test_the_loss_in_evaluation_is_cross_entropy_alone(trunk):
+    """Mixers set their own loss in training only; the last one must not go on counting."""
+    ids = tokens()
+    assert labelled_loss(trunk, ids, ids) > F.cross_entropy(trunk(ids).flatten(0, 1), ids.flatten())
+    trunk.eval()
+    expected = F.cross_entropy(trunk(ids).flatten(0, 1), ids.flatten())
+    torch.testing.assert_close(labelled_loss(trunk, ids, ids), expected)
+    assert trunk.auxiliary_loss().item() == 0
+
+
 def test_no_mixer_loss_is_zero():
     model = Trunk(11, 5, [RunningMean])
     model(tokens())

@@ -1,5 +1,7 @@
 """The small vision classifier: shapes, strides, counts, and a training that learns."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Generator, nn
@@ -87,6 +89,43 @@ def test_augmentation_moves_and_mirrors_whole_pictures():
     assert inner == expected
     unmoved = augment(pixels, False, 0, Generator().manual_seed(0))
     assert torch.equal(unmoved, pixels)
+
+
+def test_pictures_are_mirrored_only_when_asked():
+    pixels = torch.zeros(64, 1, 4, 6, dtype=torch.uint8)
+    pixels[..., 0] = 200
+    labels = torch.zeros(64, dtype=torch.long)
+    plain = Recipe(steps=1, batch=64, shift=0)
+    seen, _ = next(batches(pixels, labels, plain, seed=0))
+    assert torch.equal(seen, pixels)
+    seen, _ = next(batches(pixels, labels, dataclasses.replace(plain, flip=True), seed=0))
+    assert 16 < (seen[:, 0, 0, 0] == 0).sum() < 48
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+def test_labels_are_smoothed_as_the_recipe_says(smoothing):
+    """One batch of all pictures: the first loss is cross-entropy with (1 - s) on the label, s spread evenly."""
+    generator = Generator().manual_seed(1)
+    pixels = torch.randint(256, (32, 1, 6, 6), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(3, (32,), generator=generator)
+    torch.manual_seed(0)
+    model = VisionTrunk(3, [Stage(4, 1, convolution)], channels=1)
+    torch.nn.init.normal_(model.classify.weight)
+    model.train()
+    logs = model(pixels).log_softmax(1).detach()
+    of_label = -logs.gather(1, labels[:, None]).mean()
+    expected = (1 - smoothing) * of_label - smoothing * logs.mean()
+    recipe = Recipe(steps=1, batch=32, shift=0, label_smoothing=smoothing)
+    log = fit(model, pixels, labels, recipe)
+    assert log.losses == pytest.approx([expected.item()], rel=1e-5)
+
+
+@pytest.mark.parametrize(("byte", "value"), [(0, -1.0), (255, 1.0), (51, -0.6)])
+def test_the_stem_sees_pixels_centred_between_minus_and_plus_one(byte, value):
+    model, seen = trunk(), []
+    model.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.features(torch.full((1, 3, 8, 8), byte, dtype=torch.uint8))
+    torch.testing.assert_close(seen[0], torch.full((1, 3, 8, 8), value))
 
 
 def test_every_picture_comes_once_before_any_comes_again():

@@ -188,12 +188,12 @@ def methods() -> list[Described]:
 
 
 def table() -> str:
-    """The methods as a table in Markdown."""
+    """The methods as a table in Markdown; `reattend report` fills in the last column."""
     phases = {"prefill": "prompt", "decode": "new tokens"}
     lines = [
         "| method | makes sparse | keeps | paper | settings (*: a number, or a share as a float) "
-        "| saves from | needs |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| saves from | needs | claims |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry in methods():
         settings = ", ".join(
@@ -211,6 +211,7 @@ def table() -> str:
             settings,
             saves,
             entry.needs,
+            "",
         ]
         lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
     return "\n".join(lines)

@@ -83,8 +83,8 @@ def caption(scenes: Scenes, scene: int) -> str:
 def referring_phrases(scenes: Scenes, scene: int) -> list[tuple[str, int]]:
     """Phrases that name exactly one object of the scene, with its position.
 
-    The class alone where it is unique, else with the colour, else with a relation to another object;
-    objects that none of these tells apart are left out.
+    The class alone where it is unique, else with the colour, else with a relation to another object, else
+    (of two) with the size; objects that none of these tells apart are left out.
     """
     objects = present(scenes, scene)
     phrases = []
@@ -95,13 +95,29 @@ def referring_phrases(scenes: Scenes, scene: int) -> list[tuple[str, int]]:
                 phrases.append((f"the {name}", index))
                 break
         else:
-            phrases += _by_relation(scenes, scene, index, objects)[:1]
+            name = described(scenes, scene, index)
+            twins = [i for i in objects if i != index and described(scenes, scene, i) == name]
+            found = _by_relation(scenes, scene, index, objects, twins)
+            phrases += (found or _by_size(scenes, scene, index, twins))[:1]
     return phrases
 
 
-def _by_relation(scenes: Scenes, scene: int, index: int, objects: list[int]) -> list:
+def _by_size(scenes: Scenes, scene: int, index: int, twins: list[int]) -> list:
+    """ "the larger red bird", of two whose boxes differ by half in area."""
+    if len(twins) > 1 or scenes.pixels.dim() == 5:
+        return []
+    sides = scenes.boxes[scene, [index, *twins], 2:] - scenes.boxes[scene, [index, *twins], :2]
+    mine, other = sides.prod(1).tolist()
+    if max(mine, other) < 1.5 * min(mine, other):
+        return []
+    size = "larger" if mine > other else "smaller"
+    return [(f"the {size} {described(scenes, scene, index)}", index)]
+
+
+def _by_relation(
+    scenes: Scenes, scene: int, index: int, objects: list[int], twins: list[int]
+) -> list:
     name = described(scenes, scene, index)
-    twins = [i for i in objects if i != index and described(scenes, scene, i) == name]
     found = []
     for other in objects:
         anchor = described(scenes, scene, other)

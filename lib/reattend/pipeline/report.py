@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 
 from reattend.findings import Conclusion, Paper, count_line, read_papers
@@ -30,7 +31,7 @@ COLUMNS = (
     "profile",
     "seconds",
 )
-_BEGIN, _END = "<!-- scoreboard -->", "<!-- /scoreboard -->"
+_SECTION = "(?<=<!-- {0} -->\n).*?(?=<!-- /{0} -->)"
 
 
 def write_report(root: Path) -> list[Paper]:
@@ -66,12 +67,25 @@ def papers_of(root: Path) -> list[Paper]:
 
 
 def readme_with_results(text: str, papers: list[Paper]) -> str:
-    """README's text with what stands between its two markers renewed."""
-    head, begin, rest = text.partition(_BEGIN)
-    _, end, tail = rest.partition(_END)
-    if not (begin and end):
-        return text
-    return f"{head}{_BEGIN}\n\n{_results(papers)}\n\n{_END}{tail}"
+    """README's text with its results, and the last column of its methods, renewed."""
+    results = re.compile(_SECTION.format("scoreboard"), re.DOTALL)
+    methods = re.compile(_SECTION.format("methods"), re.DOTALL)
+    text = results.sub(lambda found: f"\n{_results(papers)}\n\n", text)
+    return methods.sub(lambda found: _with_claims(found.group(), papers), text)
+
+
+def _with_claims(methods: str, papers: list[Paper]) -> str:
+    """The table of methods with the marks of the paper in whose module each method lives.
+
+    The table is taken as it stands, because making it anew imports every method.
+    """
+    marks = {paper.record.slug: _marks(paper) for paper in papers}
+
+    def filled(row: re.Match) -> str:
+        return f"{row['cells']}| {marks[row['slug']]} |" if row["slug"] in marks else row.group()
+
+    row = r"(?P<cells>\| \[\w+\]\([\w/]*?(?P<slug>\w+)\.py\).*)\|[^|\n]*\|$"
+    return re.sub(row, filled, methods, flags=re.MULTILINE)
 
 
 def _results(papers: list[Paper]) -> str:
@@ -81,7 +95,7 @@ def _results(papers: list[Paper]) -> str:
             f"[{paper.record.slug}](notebooks/{paper.record.family}/{paper.record.slug}.ipynb)",
             paper.record.question,
             paper.answer(),
-            " ".join(CHARACTERS[verdict] for verdict in paper.verdicts()),
+            _marks(paper),
             ", ".join(f"{profile} {s:.0f}" for profile, s in paper.seconds.items()),
         ]
         for paper in papers
@@ -90,6 +104,10 @@ def _results(papers: list[Paper]) -> str:
     summary = "The questions in full, with links to the notebooks"
     details = f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>"
     return f"{count_line(papers)}\n\n{picture}\n\n{details}"
+
+
+def _marks(paper: Paper) -> str:
+    return " ".join(CHARACTERS[verdict] for verdict in paper.verdicts())
 
 
 def scoreboard(papers: list[Paper]) -> str:

@@ -17,7 +17,8 @@ from reattend.training.loop import TrainingLog, TrainingPlan, train
 class Recipe:
     """How a classifier is trained.
 
-    `flip`: mirror half of the pictures; `shift`: move each by up to so many pixels, borders repeated;
+    `flip`: mirror half of the pictures, which changes what a sign says and what lies left of what;
+    `shift`: move each by up to so many pixels, borders repeated;
     `average`: decay of the moving average of the weights that is kept in the end, 0 for none.
     """
 
@@ -27,7 +28,7 @@ class Recipe:
     weight_decay: float = 0.05
     warmup: int = 20
     label_smoothing: float = 0.1
-    flip: bool = True
+    flip: bool = False
     shift: int = 2
     average: float = 0.0
 

@@ -190,9 +190,14 @@ class Trunk(nn.Module):
         return self.logits(self.hidden(tokens, cache))
 
     def auxiliary_loss(self) -> Float[Tensor, ""]:
-        """Sum of the mixers' own losses of the last forward pass; zero when none has one."""
+        """Sum of the mixers' own losses of the last forward pass in training.
+
+        Zero in evaluation, where mixers set none and the last one would be stale, and without such mixers.
+        """
         losses = [b.mixer.auxiliary_loss for b in self.blocks if hasattr(b.mixer, "auxiliary_loss")]
-        return torch.stack(losses).sum() if losses else self.tokens.weight.new_zeros(())
+        if not losses or not self.training:
+            return self.tokens.weight.new_zeros(())
+        return torch.stack(losses).sum()
 
     def state_size(self, length: int) -> int:
         """Numbers to remember, over all layers, to continue a text of `length` tokens."""
