@@ -255,7 +255,8 @@ def count_candidates(length: int, k: int, block_q: int, window: int, sink: int) 
 def pooled_of_density(density: float, length: int, block_size: int) -> BlockTopK:
     """Block top-k by mean pooling whose share of the causal blocks is nearest to `density`."""
     rows = range(1, block_count(length, block_size) + 1)
-    shares = {n: sum(min(row, n) for row in rows) / sum(rows) for n in rows}
+    # The first and the diagonal block are read in any case: at least two.
+    shares = {n: sum(min(row, n) for row in rows) / sum(rows) for n in (rows[1:] or rows)}
     return BlockTopK(k=min(shares, key=lambda n: abs(shares[n] - density)), block_size=block_size)
 
 
