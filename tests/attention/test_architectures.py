@@ -99,6 +99,10 @@ SETTINGS = {
         {"gamma": 0.5, "min_budget": 8, **BLOCKS},
     ),
     "seer_attention": ({"k": 99}, {"k": 2}),
+    "hip_attention": (
+        {"k": 99, "dense_layers": 0},
+        {"k": 8, "block_q": 8, "window": 8, "sink": 2, "dense_layers": 0},
+    ),
     "streaming_llm": ({"window": 99, **BLOCKS}, {"sink": 8, "window": 16, **BLOCKS}),
     "vertical_slash": (
         {"verticals": 99, **BLOCKS},
@@ -117,11 +121,22 @@ SETTINGS = {
     "ada_snapkv": ({"capacity": 99, **SNAP}, {"capacity": 8, **SNAP}),
     "h2o": ({"budget": 99}, {"budget": 8}),
     "recycled_attention": ({"budget": 99}, {"budget": 8, "stride": 4}),
+    "hip_decoding": (
+        {"k": 99, "dense_layers": 0},
+        {"k": 8, "window": 4, "sink": 2, "dense_layers": 0, "refresh": 2},
+    ),
     "streaming_cache": ({"budget": 99}, {"budget": 8}),
     "oracle_cache": ({"budget": 99}, {"budget": 8}),
 }
 # Whether a chunk of whole blocks is read as it would be in a prompt read at once.
-BLIND_TO_LATER_QUERIES = ("dense", "seer_attention", "streaming_llm", "block_topk", "oracle_topk")
+BLIND_TO_LATER_QUERIES = (
+    "dense",
+    "seer_attention",
+    "hip_attention",
+    "streaming_llm",
+    "block_topk",
+    "oracle_topk",
+)
 LENGTH, STEPS = 48, 2
 PAIRS = [
     (model, method)

@@ -53,6 +53,7 @@ METHODS = {
     "ada_snapkv": SNAP,
     "h2o": {"budget": 8},
     "recycled_attention": {"budget": 8, "stride": 4},
+    "hip_decoding": {"k": 8, "window": 4, "sink": 2, "dense_layers": 0, "refresh": 3},
     "streaming_cache": {"budget": 8},
     "oracle_cache": {"budget": 8},
 }
@@ -218,7 +219,7 @@ def test_decoded_tokens_that_are_cut_off_are_forgotten_or_refused(model, name):
         for token in wrong.split(1, dim=1):
             step(model, token, cache)
         cache.crop(-5)
-        if name in ("h2o", "recycled_attention"):
+        if name in ("h2o", "recycled_attention", "hip_decoding"):
             with pytest.raises(ValueError, match=r"cut back to 30 entries.*read the prompt again"):
                 step(model, more[:, :1], cache)
             return
@@ -404,6 +405,7 @@ def test_scores_beyond_the_largest_half(name, dtype):
     query[..., 0] = 300
     key[..., 0] = 250 + torch.arange(48).to(dtype) / 8
     full = {"capacity": 100, "window": 4, "recent": 2} if "snap" in name else {"budget": 100}
+    full = {"k": 100, "dense_layers": 0} if name == "hip_decoding" else full
     method = build_method(name, **({} if name == "dense" else full))
     method.begin_decoding(query, key[:, :, :47], scale=1 / 8, layer=0)
     ours = method.decode(query, key, value, scale=1 / 8, layer=0)
@@ -610,9 +612,11 @@ LEAST = [
     ("oracle_topk", {"k": 3, "block_size": 8}),
     ("flexprefill", {"gamma": 0.05, "min_budget": 24, "block_size": 8, "tau": 0.0}),
     ("vertical_slash_tokens", {"lines": 20, "local": 4, "last_queries": 8}),
+    ("hip_attention", {"k": 8, "block_q": 8, "window": 8, "sink": 2, "dense_layers": 0}),
     ("quest", {"budget": 20, "page": 4}),
     ("snapkv", {**SNAP, "capacity": 20}),
     ("h2o", {"budget": 20}),
+    ("hip_decoding", {"k": 8, "window": 8, "sink": 2, "dense_layers": 0}),
     ("streaming_cache", {"budget": 20}),
     ("oracle_cache", {"budget": 20}),
     ("recycled_attention", {"budget": 20}),

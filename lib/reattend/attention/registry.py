@@ -57,6 +57,12 @@ METHODS = {
         "gates trained for the model; one of density, k, threshold; rotary embedding as in Llama; "
         "position_ids with padding on the left",
     ),
+    "hip_attention": Registered(
+        f"{_PAPERS}.hip_attention:HiPAttention",
+        "prefill",
+        "keys of large score, found by a tree search for each head and block of queries",
+        "Lee et al., ICLR 2025, arXiv 2406.09827",
+    ),
     "streaming_llm": Registered(
         f"{_BASELINES}.streaming_llm:StreamingLLM",
         "prefill",
@@ -129,6 +135,12 @@ METHODS = {
         "decode",
         "what an earlier token attended to, renewed by full steps",
         "Xu et al., 2024, arXiv 2411.05787",
+    ),
+    "hip_decoding": Registered(
+        f"{_PAPERS}.hip_attention:HiPDecoding",
+        "decode",
+        "the same search for each new token, or for every few",
+        "Lee et al., ICLR 2025, arXiv 2406.09827",
     ),
     "streaming_cache": Registered(
         f"{_BASELINES}.cache_bounds:StreamingCache",
