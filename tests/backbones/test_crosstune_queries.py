@@ -49,6 +49,7 @@ def tiny():
         num_hidden_layers=2,
         num_attention_heads=3,
         num_key_value_heads=3,
+        initializer_range=0.4,
     )
     return LlamaForCausalLM(config).eval()
 

@@ -203,10 +203,8 @@ def write(
     """
     rows = [tokenizer(prompt).input_ids for prompt in prompts]
     ids, mask = _padded([row[::-1] for row in rows])
-    ids, mask = (
-        ids.flip(1),
-        mask.flip(1),
-    )  # padded on the left: every prompt ends where writing begins
+    # Padded on the left: every prompt ends where writing begins.
+    ids, mask = ids.flip(1), mask.flip(1)
     cache = DynamicCache(config=model.config)
     states = _read(model, ids, mask, cache)
     cache.batch_repeat_interleave(count)
