@@ -1,6 +1,8 @@
 """Few-shot classifiers on frozen vectors: against hand counts and the libraries they stand on."""
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -8,8 +10,10 @@ from torch.nn import functional as F
 
 from reattend.studies.few_shot import (
     ScorerPlan,
+    accuracy,
     exchanged,
     fit_scorer,
+    judge,
     neighbours,
     probe,
     probe_teacher,
@@ -18,6 +22,8 @@ from reattend.studies.few_shot import (
     search_prompt,
     shuffled,
 )
+from reattend.studies.few_shot_figures import draw_against_shots, draw_gains, spread
+from reattend.text_matching.crosstune import CrossTune
 
 
 def units(items, width, seed):
@@ -140,3 +146,38 @@ def test_placebo_label_vectors(seed):
     torch.testing.assert_close(drawn.norm(dim=1), torch.ones(5))
     with pytest.raises(ValueError, match="one label vector"):
         shuffled(DESCRIPTIONS[:1], seed)
+
+
+def test_accuracy_and_judgement_of_a_scorer():
+    scores = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
+    assert accuracy(scores, torch.tensor([0, 1, 1])) == pytest.approx(200 / 3)
+    texts = F.one_hot(torch.tensor([0, 1, 1]), 4).float()
+    scorer = CrossTune(4, 1, scale=2.0, noise=0.0)
+    right, log_probability = judge(scorer, texts, torch.eye(4)[:2], torch.tensor([0, 1, 0]))
+    assert right == pytest.approx(200 / 3)
+    p = torch.tensor([2.0, 0.0]).softmax(0)
+    expected = (2 * p[0].log() + p[1].log()) / 3
+    assert log_probability == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_figures_show_what_they_are_given():
+    rows = [
+        (name, k, draw, "ours", 50.0 + k + draw)
+        for name in ("one", "two")
+        for k in (1, 4)
+        for draw in range(3)
+    ]
+    scores = pd.DataFrame(rows, columns=["set", "k", "draw", "method", "accuracy"])
+    fig = draw_against_shots(scores, {"ours": "black"})
+    assert [axis.get_title() for axis in fig.axes] == ["mean of 2 sets", "one", "two"]
+    assert list(fig.axes[0].containers[0][0].get_ydata()) == [52.0, 55.0]
+    fig = draw_gains({("clean", "always"): [1.0, 2.0, 3.0], ("clean", "switch"): [0.0, 0.0, 3.0]})
+    means = [float(np.ravel(bar[0].get_ydata())[0]) for bar in fig.axes[0].containers]
+    assert means == pytest.approx([2.0, 1.0])
+    plt.close("all")
+
+
+def test_spread_is_the_interval_of_students_t():
+    centre, half = spread([1.0, 2.0, 3.0])
+    assert centre == pytest.approx(2.0)
+    assert half == pytest.approx(4.302653 / 3**0.5, rel=1e-5)

@@ -202,3 +202,20 @@ def random_units(classes: int, width: int, seed: int) -> Float[Tensor, "{classes
     """Random unit vectors in the place of label vectors."""
     drawn = torch.randn(classes, width, generator=Generator().manual_seed(seed))
     return F.normalize(drawn, dim=-1)
+
+
+def accuracy(scores: Float[Tensor, "items classes"], labels: Int[Tensor, " items"]) -> float:
+    """Right answers, %."""
+    return 100 * (scores.argmax(1) == labels).double().mean().item()
+
+
+@torch.no_grad()
+def judge(
+    scorer: CrossTune,
+    texts: Float[Tensor, "items width"],
+    label_vectors: Float[Tensor, "classes width"],
+    labels: Int[Tensor, " items"],
+) -> tuple[float, float]:
+    """Accuracy of a scorer in %, and its mean log-probability of the right label in nats."""
+    p = scorer(texts, label_vectors)
+    return accuracy(p, labels), -label_loss(p, labels).item()
