@@ -99,6 +99,10 @@ SETTINGS = {
         {"gamma": 0.5, "min_budget": 8, **BLOCKS},
     ),
     "seer_attention": ({"k": 99}, {"k": 2}),
+    "proxyattn": (
+        {"gamma": 1.0, "min_budget": 0, "stride": 2, **BLOCKS},
+        {"gamma": 0.5, "min_budget": 8, "stride": 2, **BLOCKS},
+    ),
     "streaming_llm": ({"window": 99, **BLOCKS}, {"sink": 8, "window": 16, **BLOCKS}),
     "vertical_slash": (
         {"verticals": 99, **BLOCKS},
@@ -110,6 +114,7 @@ SETTINGS = {
         {"coverage": 0.5, "least": 4, "local": 4, "last_queries": 8},
     ),
     "block_topk": ({"k": 99, **BLOCKS}, {"k": 2, **BLOCKS}),
+    "antidiagonal": ({"mass": 1.0, "stride": 2, **BLOCKS}, {"k": 2, "stride": 2, **BLOCKS}),
     "oracle_topk": ({"mass": 1.0, **BLOCKS}, {"k": 2, **BLOCKS}),
     "act": ({"beta": 1.0}, {"alpha": 1.5}),
     "quest": ({"budget": 99, "page": 2}, {"budget": 8, "page": 2}),
@@ -121,7 +126,14 @@ SETTINGS = {
     "oracle_cache": ({"budget": 99}, {"budget": 8}),
 }
 # Whether a chunk of whole blocks is read as it would be in a prompt read at once.
-BLIND_TO_LATER_QUERIES = ("dense", "seer_attention", "streaming_llm", "block_topk", "oracle_topk")
+BLIND_TO_LATER_QUERIES = (
+    "dense",
+    "seer_attention",
+    "streaming_llm",
+    "block_topk",
+    "antidiagonal",
+    "oracle_topk",
+)
 LENGTH, STEPS = 48, 2
 PAIRS = [
     (model, method)
