@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -34,26 +33,18 @@ def draw_example(
     return fig
 
 
-def points_with_mean(axis: Axes, x: float, values: Sequence[float], colour: str, **style) -> None:
-    """Every value as a faint point, their mean with its 95 % interval."""
-    found = mean(np.asarray(values))
-    axis.plot([x] * len(values), values, "o", color=colour, ms=3, alpha=0.25)
-    low, high = found.effect - found.low, found.high - found.effect
-    axis.errorbar(x, found.effect, [[low], [high]], color=colour, capsize=2, **style)
-
-
 def draw_masses(
     masses: pd.DataFrame, costs: Mapping[str, float], lines: Sequence[str], at: Sequence[float]
 ) -> Figure:
-    """Mass found by density, and by the cost of finding it.
+    """Mass found by density, and of every ranking, the cheapest first.
 
     Args:
         masses: columns ranking, window, density, found.
-        costs: scored pairs of each ranking as a share of full attention's; 0 is drawn at the left.
+        costs: multiply-adds of each estimate over those of full attention's scores.
         lines: rankings of the left panel, the method first.
         at: densities over which the right panel averages.
     """
-    fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.6))
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.6))
     for number, name in enumerate(lines):
         found = masses[masses.ranking == name].groupby("density")["found"]
         shown = [mean(values.to_numpy()) for _, values in found]
@@ -74,18 +65,17 @@ def draw_masses(
     )
     axes[0].legend(fontsize=8)
     chosen = masses[masses.density.isin(at)].groupby(["ranking", "window"])["found"].mean()
-    families = {"one proxy head": 0, "proxy heads": 1, "own maps": 2}
-    for name, cost in costs.items():
-        family = next((f for f in families if f in name), None)
-        colour = BASELINE if family is None else COLOURS[families[family]]
-        mark = "s" if family is None else "o"
-        points_with_mean(axes[1], cost, chosen[name].to_numpy(), colour, marker=mark, ms=5)
-        y = chosen[name].mean()
-        axes[1].annotate(f" {name}", (cost, y), fontsize=7, color=colour, rotation=25)
+    ranked = sorted(costs, key=lambda name: (costs[name], -chosen[name].mean()))
+    for place, name in enumerate(ranked):
+        found, colour = mean(chosen[name].to_numpy()), COLOURS[0] if name == lines[0] else BASELINE
+        axes[1].plot(chosen[name], [place] * len(chosen[name]), "o", color=colour, ms=3, alpha=0.3)
+        axes[1].plot([found.low, found.high], [place] * 2, color=colour, lw=2)
+        axes[1].plot(found.effect, place, "|", color="black", ms=12)
+    axes[1].set_yticks(range(len(ranked)), [f"{name}: {costs[name]:.2g}" for name in ranked])
+    axes[1].invert_yaxis()
     axes[1].set(
-        xscale="log", xlabel="multiply-adds of the estimate / those of full attention's scores"
+        xlabel="mass found / best possible", title="cost of the estimate / full attention's"
     )
-    axes[1].set_xlim(right=8)
     return fig
 
 
@@ -107,6 +97,8 @@ def draw_heads(
     for axis, (layer, drawn) in zip(axes, maps.items(), strict=False):
         image = axis.imshow(drawn, cmap="viridis", vmin=0, vmax=1)
         axis.set(title=f"layer {layer}", xlabel="mass of head", ylabel="on the top of head")
+        axis.set_xticks(range(0, len(drawn), 2))
+        axis.set_yticks(range(0, len(drawn), 2))
         axis.grid(False)
     fig.colorbar(image, ax=list(axes[: len(maps)]), location="bottom", shrink=0.6, label="mass")
     for number, (name, values) in enumerate(by_layer.items()):
@@ -120,6 +112,7 @@ def draw_heads(
     axes[-2].legend(fontsize=7, loc="upper center", ncols=2)
     image = axes[-1].imshow(budgets.mean(dim=0), cmap="magma", vmin=0, vmax=1, aspect="auto")
     axes[-1].set(xlabel="head", ylabel="layer", title="budget")
+    axes[-1].set_xticks(range(0, budgets.shape[-1], 2))
     axes[-1].grid(False)
     fig.colorbar(image, ax=axes[-1], label="share of the blocks")
     return fig
@@ -178,7 +171,7 @@ def draw_costs(
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for number, (name, values) in enumerate(shares.items()):
         axes[0].plot(lengths, values, "o-", ms=3, color=COLOURS[number], label=name)
-    axes[0].axhline(reported, color=BASELINE, ls=":", label="reported, in time, on a GPU")
+    axes[0].axhline(reported, color=BASELINE, ls=":", label="reported: time on a GPU, one proxy")
     axes[0].set(xscale="log", yscale="log", xlabel="tokens", ylabel="estimate / full attention")
     axes[0].legend(fontsize=8)
     for place, values in enumerate(speeds.values()):
