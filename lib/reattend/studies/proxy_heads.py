@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from reattend.attention.baselines.antidiagonal import antidiagonal_scores
@@ -61,7 +61,7 @@ class Planned(BlockSparseMethod):
         *,
         scale: float,
         layer: int,
-    ) -> Float[Tensor, "batch query_heads query_blocks key_blocks"]:
+    ) -> Bool[Tensor, "batch query_heads query_blocks key_blocks"]:
         scores = self.rank(query, key, scale)
         scores = scores.expand(*query.shape[:2], *scores.shape[-2:])
         return top_k_blocks(scores, self.plan[layer], sink=1)
@@ -188,7 +188,8 @@ def mass_found(
     """
     rows, columns = mass.shape[-2:]
     free = ~forced_blocks(rows, columns, sink=1, device=mass.device)
-    budget = (density * torch.arange(1, rows + 1, device=mass.device)).round().long().clamp_min(2)
+    seen = torch.arange(1, rows + 1, device=mass.device)
+    budget = (density * seen).round().long().clamp_min(2).view(1, 1, -1)
     late = slice(rows // 2, None)
 
     def found(scores: Tensor) -> Tensor:
