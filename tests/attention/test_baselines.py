@@ -242,6 +242,7 @@ def test_antidiagonals_see_columns_and_slashes():
 def test_antidiagonal_settings():
     assert Antidiagonal().mass == 0.9
     assert Antidiagonal(k=4).saves_from("prefill") == 513
+    assert Antidiagonal(k=1).saves_from("prefill") == 257  # first and diagonal block in any case
     assert Antidiagonal(mass=1.0).saves_from("prefill") is None
     with pytest.raises(ValueError, match="either k or mass"):
         Antidiagonal(k=3, mass=0.5)

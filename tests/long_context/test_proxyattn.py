@@ -226,10 +226,11 @@ def test_masks_are_causal_and_nested_within_a_group(
         assert (nested[:, :-1] <= nested[:, 1:]).all()
 
 
-def test_each_row_takes_its_groups_best_blocks():
+@pytest.mark.parametrize("stride", [1, 8])
+def test_each_row_takes_its_groups_best_blocks(stride):
     query, key, _ = tensors(1, 6, 2, 160, 160)
-    mask = method(0.6, groups=2).block_mask(query, key, scale=SCALE)
-    scores = proxy_scores(query, key, groups=2, block_size=16, scale=SCALE)
+    mask = method(0.6, groups=2, stride=stride).block_mask(query, key, scale=SCALE)
+    scores = proxy_scores(query, key, groups=2, block_size=16, stride=stride, scale=SCALE)
     for head in range(6):
         for row in range(2, 10):
             own, between = scores[0, head // 3, row], range(1, row)

@@ -72,8 +72,9 @@ def test_every_ranking_computes_as_many_blocks_in_every_row(rank, plan):
 
 def test_recency_is_a_window_and_chance_is_none(plan):
     mask = planned(by_recency(ROWS), plan)
-    between = mask[..., 1:].int()
-    assert (between.diff(dim=-1).clamp_min(0).sum(-1) <= 1).all()  # one run, up to the diagonal
+    column, row = torch.arange(ROWS), torch.arange(ROWS)[:, None]
+    latest = row - column < plan[0][..., None] - 1  # the first block is one of the budget
+    assert torch.equal(mask, (latest | (column == 0)) & (column <= row))
     first, second = (planned(by_chance(ROWS, seed), plan) for seed in (0, 1))
     assert not torch.equal(first, second)
     wide = plan[0].flatten().argmax()
@@ -112,7 +113,7 @@ def test_average_pooling_is_the_mass_of_the_proxys_map():
 def test_own_maps_are_those_of_each_head():
     query, key = tensors()
     own = by_own_maps(SIZE)(query, key, SCALE)
-    for head in (0, 2, 3, 5):
+    for head in range(6):
         alone = proxy_scores(
             query[:, [head]], key[:, [head // 3]], groups=1, block_size=SIZE, scale=SCALE
         )
@@ -129,11 +130,11 @@ def test_mass_found_is_that_of_free_late_blocks():
     by_hand = best = 0.0
     scores = torch.rand(1, 1, ROWS, ROWS)
     for row in range(ROWS // 2, ROWS):
-        budget = max(2, round(0.3 * (row + 1))) - 2
+        budget = max(2, round(0.5 * (row + 1))) - 2
         between = scores[0, 0, row, 1:row].argsort(descending=True)[:budget] + 1
         by_hand += mass[0, :, row, between].sum().item()
         best += mass[0, :, row, 1:row].topk(budget).values.sum().item()
-    assert mass_found(scores, mass, 0.3) == pytest.approx(by_hand / best, rel=1e-5)
+    assert mass_found(scores, mass, 0.5) == pytest.approx(by_hand / best, rel=1e-5)
 
 
 def test_mass_found_ignores_what_everybody_computes():
