@@ -13,6 +13,7 @@ import statistics
 
 import torch
 
+from reattend.attention.baselines.block_topk import BlockTopK
 from reattend.attention.baselines.vertical_slash import VerticalSlash
 from reattend.attention.dense import causal_sdpa
 from reattend.attention.host import attach
@@ -22,6 +23,7 @@ from reattend.data.long_tasks import prose_windows
 from reattend.data.needles import Haystack
 from reattend.data.prose import documents
 from reattend.long_context.flexprefill import FlexPrefill
+from reattend.long_context.proxyattn import ProxyAttn
 from reattend.timing import paired_ratio, paired_times
 
 GAMMAS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -49,9 +51,14 @@ def candidates(block_size: int) -> dict[str, list[BlockSparseMethod]]:
             FlexPrefill(gamma=gamma, min_budget=2 * block_size, block_size=block_size)
             for gamma in GAMMAS
         ],
+        "ProxyAttn": [
+            ProxyAttn(gamma=gamma, stride=2, min_budget=2 * block_size, block_size=block_size)
+            for gamma in GAMMAS
+        ],
         "vertical-slash": [
             VerticalSlash(verticals=count, slashes=count, block_size=block_size) for count in COUNTS
         ],
+        "block top-k": [BlockTopK(k=count, block_size=block_size) for count in COUNTS],
     }
 
 

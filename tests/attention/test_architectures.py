@@ -103,6 +103,10 @@ SETTINGS = {
         {"k": 99, "dense_layers": 0},
         {"k": 8, "block_q": 8, "window": 8, "sink": 2, "dense_layers": 0},
     ),
+    "proxyattn": (
+        {"gamma": 1.0, "min_budget": 0, "stride": 2, **BLOCKS},
+        {"gamma": 0.5, "min_budget": 8, "stride": 2, **BLOCKS},
+    ),
     "streaming_llm": ({"window": 99, **BLOCKS}, {"sink": 8, "window": 16, **BLOCKS}),
     "vertical_slash": (
         {"verticals": 99, **BLOCKS},
@@ -114,6 +118,7 @@ SETTINGS = {
         {"coverage": 0.5, "least": 4, "local": 4, "last_queries": 8},
     ),
     "block_topk": ({"k": 99, **BLOCKS}, {"k": 2, **BLOCKS}),
+    "antidiagonal": ({"mass": 1.0, "stride": 2, **BLOCKS}, {"k": 2, "stride": 2, **BLOCKS}),
     "oracle_topk": ({"mass": 1.0, **BLOCKS}, {"k": 2, **BLOCKS}),
     "act": ({"beta": 1.0}, {"alpha": 1.5}),
     "quest": ({"budget": 99, "page": 2}, {"budget": 8, "page": 2}),
@@ -135,6 +140,7 @@ BLIND_TO_LATER_QUERIES = (
     "hip_attention",
     "streaming_llm",
     "block_topk",
+    "antidiagonal",
     "oracle_topk",
 )
 LENGTH, STEPS = 48, 2

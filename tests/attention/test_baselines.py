@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from reattend.attention.baselines.antidiagonal import Antidiagonal, antidiagonal_scores
 from reattend.attention.baselines.block_topk import (
     BlockTopK,
     OracleTopK,
@@ -28,6 +29,8 @@ METHODS = [
     BlockTopK(k=4, local=1, block_size=SIZE),
     OracleTopK(k=3, block_size=SIZE),
     OracleTopK(mass=0.8, block_size=SIZE),
+    Antidiagonal(k=3, stride=4, block_size=SIZE),
+    Antidiagonal(mass=0.6, stride=8, block_size=SIZE),
 ]
 
 
@@ -178,6 +181,73 @@ def test_oracle_takes_one_budget():
     with pytest.raises(ValueError, match="either k or mass"):
         OracleTopK(k=3, mass=0.5)
     assert OracleTopK().k == 16
+
+
+# Of the official estimate on the tensors of `waves`: weights by block, and the blocks at threshold 0.8.
+OFFICIAL = [
+    [2.0, 0.0, 0.0, 0.0, 0.0],
+    [1.203203, 0.796797, 0.0, 0.0, 0.0],
+    [0.612800, 0.706097, 0.681103, 0.0, 0.0],
+    [0.620682, 0.527005, 0.476836, 0.375477, 0.0],
+    [0.431072, 0.430811, 0.401880, 0.387519, 0.348718],
+]
+OFFICIAL_BLOCKS = ["#....", "##...", "###..", "####.", "###.#"]
+
+
+def waves():
+    position = torch.arange(160, dtype=torch.float64).view(1, 1, 40, 4)
+    return 3 * torch.sin(1.7 * position), torch.cos(2.3 * position + 1)
+
+
+def test_antidiagonal_scores_are_the_official_ones():
+    ours = antidiagonal_scores(*waves(), block_size=8, stride=4, scale=0.5)[0, 0]
+    torch.testing.assert_close(ours, torch.tensor(OFFICIAL).double(), atol=2e-6, rtol=0)
+    blocks = Antidiagonal(mass=0.8, stride=4, block_size=8).block_mask(*waves(), scale=0.5)
+    assert ["".join(".#"[b] for b in row) for row in blocks[0, 0].int().tolist()] == OFFICIAL_BLOCKS
+
+
+@pytest.mark.parametrize("queries", [111, 101, 40])
+def test_antidiagonal_scores_equal_plain_loops(queries):
+    """Windows at absolute positions; what is missing of one counts as zeros."""
+    query, key = (x[:1].double() for x in tensors(queries))
+    stride, shift = 4, 111 - queries
+    ours = antidiagonal_scores(query, key, SIZE, stride, 0.3)
+    for head in range(6):
+        expected = torch.zeros(7 - shift // SIZE, 7, dtype=torch.float64)
+        for i in range(shift // stride, 28):
+            scores = []
+            for j in range(i + 1):
+                pairs = [(i * stride + stride - 1 - r, j * stride + r) for r in range(stride)]
+                real = [(p - shift, t) for p, t in pairs if shift <= p < 111 and t < 111]
+                dots = [query[0, head, p].dot(key[0, head // 2, t]) for p, t in real]
+                scores.append(0.3 / stride * sum(dots, torch.zeros(()).double()))
+            for j, weight in enumerate(torch.stack(scores).softmax(0)):
+                expected[i // 4 - shift // SIZE, j // 4] += weight
+        torch.testing.assert_close(ours[0, head], expected, atol=1e-12, rtol=0)
+
+
+def test_antidiagonals_see_columns_and_slashes():
+    """A sharp column and a sharp diagonal both cross every antidiagonal of their tiles."""
+    query, key = torch.zeros(1, 1, 96, 8), torch.zeros(1, 1, 96, 8)
+    query[..., 0], key[:, :, 37, 0] = 1, 60  # column 37, in block 2
+    blocks = Antidiagonal(k=3, stride=4, block_size=SIZE).block_mask(query, key)
+    assert blocks[0, 0, 3:, 2].all()
+    angle = torch.arange(96.0) * 2.4
+    turning = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    query[..., :2], key[..., :2] = 9 * turning.roll(32, 0), 9 * turning  # query i meets key i - 32
+    blocks = Antidiagonal(k=3, stride=4, block_size=SIZE).block_mask(query, key)
+    assert blocks[0, 0].diagonal(-2).all()
+
+
+def test_antidiagonal_settings():
+    assert Antidiagonal().mass == 0.9
+    assert Antidiagonal(k=4).saves_from("prefill") == 513
+    assert Antidiagonal(k=1).saves_from("prefill") == 257  # first and diagonal block in any case
+    assert Antidiagonal(mass=1.0).saves_from("prefill") is None
+    with pytest.raises(ValueError, match="either k or mass"):
+        Antidiagonal(k=3, mass=0.5)
+    with pytest.raises(ValueError, match="stride must divide the block size, 128, got 3"):
+        Antidiagonal(stride=3)
 
 
 def two_tokens():

@@ -63,6 +63,13 @@ METHODS = {
         "keys of large score, found by a tree search for each head and block of queries",
         "Lee et al., ICLR 2025, arXiv 2406.09827",
     ),
+    "proxyattn": Registered(
+        f"{_PAPERS}.proxyattn:ProxyAttn",
+        "prefill",
+        "blocks ranked by proxy heads, a budget for each head",
+        "Wang et al., ICLR 2026, arXiv 2509.24745",
+        "groups must divide the number of key heads",
+    ),
     "streaming_llm": Registered(
         f"{_BASELINES}.streaming_llm:StreamingLLM",
         "prefill",
@@ -92,6 +99,13 @@ METHODS = {
         "prefill",
         "blocks whose mean key fits the mean query best",
         "Lu et al. (MoBA), 2025, arXiv 2502.13189",
+    ),
+    "antidiagonal": Registered(
+        f"{_BASELINES}.antidiagonal:Antidiagonal",
+        "prefill",
+        "blocks of largest sums along antidiagonals",
+        "Xu et al. (XAttention), ICML 2025, arXiv 2503.16428",
+        "k or mass; mass = 0.9 where neither is given",
     ),
     "oracle_topk": Registered(
         f"{_BASELINES}.block_topk:OracleTopK",
