@@ -20,7 +20,6 @@ UNFINISHED = frozenset(
         "attention_iat",
         "dse",
         "trans_encoder",
-        "icl_regression",
         "efficient_probing",
         "salient_relevance",
     }
