@@ -18,7 +18,6 @@ UNFINISHED = frozenset(
         "attention_iat",
         "dse",
         "trans_encoder",
-        "icl_regression",
         "salient_relevance",
     }
 )
