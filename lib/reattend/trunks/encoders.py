@@ -7,6 +7,7 @@ can be frozen, and what frozen layers say of a text is computed once (`TextEncod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -202,6 +203,61 @@ def index_batches(items: int, batch: int, seed: int) -> Iterator[Int[Tensor, " b
         yield from order[: items // batch * batch].split(batch)
 
 
+def length_batches(
+    lengths: Int[Tensor, " items"], batch: int, seed: int, pool: int = 8
+) -> Iterator[Int[Tensor, " batch"]]:
+    """As `index_batches`, but items of similar length share a batch, which saves padding.
+
+    Args:
+        lengths: tokens of each item.
+        pool: batches whose items are drawn together and then sorted by length.
+
+    Raises:
+        ValueError: when there are fewer items than a batch holds.
+    """
+    if len(lengths) < batch:
+        raise ValueError(f"{len(lengths)} items do not fill a batch of {batch}")
+    lengths, generator = lengths.cpu(), Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(lengths), generator=generator)
+        drawn = []
+        for part in order[: len(lengths) // batch * batch].split(pool * batch):
+            drawn += part[lengths[part].argsort(stable=True)].split(batch)
+        for k in torch.randperm(len(drawn), generator=generator):
+            yield drawn[k]
+
+
+class BestCheckpoint:
+    """Keeps the trained weights of the best score seen, the first of equals; a `stop` of `train`.
+
+    Args:
+        score: of a model in evaluation mode, higher is better.
+    """
+
+    def __init__(self, score: Callable[[nn.Module], float]) -> None:
+        self.score, self.best = score, -math.inf
+        self._weights: dict[str, Tensor] = {}
+
+    def __call__(self, model: nn.Module) -> bool:
+        """Score the model and never stop the training."""
+        found = self.score(model)
+        if found > self.best:
+            self.best = found
+            trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+            self._weights = {name: p.detach().clone() for name, p in trained}
+        return False
+
+    def restore(self, model: nn.Module) -> None:
+        """Give the model its best weights.
+
+        Raises:
+            ValueError: when no score was asked for.
+        """
+        if not self._weights:
+            raise ValueError("no checkpoint was scored: check at least once in the training")
+        model.load_state_dict(self._weights, strict=False)
+
+
 def fine_tune(
     model: nn.Module,
     items: int,
@@ -212,26 +268,38 @@ def fine_tune(
     learning_rate: float = 5e-5,
     weight_decay: float = 0.01,
     seed: int = 0,
+    lengths: Int[Tensor, " items"] | None = None,
+    score: Callable[[nn.Module], float] | None = None,
+    checks: int = 4,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> TrainingLog:
     """Train an encoder in place on `epochs` passes over items 0 .. items - 1.
 
     `loss(model, index)` looks up the items of a batch itself. A tenth of the steps warms up, then the
-    rate falls along a cosine. Dropout and order depend on `seed` alone.
+    rate falls along a cosine. Dropout and order depend on `seed` alone. With `lengths` items of similar
+    length share a batch. With `score` the weights are kept that had the best of `checks` scores, asked
+    at even distances.
     """
     torch.manual_seed(seed)
     steps = max(1, round(epochs * (items // batch)))
     plan = TrainingPlan(steps, learning_rate, weight_decay, warmup=max(1, steps // 10))
-    return train(model, index_batches(items, batch, seed), loss, plan, progress=progress)
+    drawn = index_batches(items, batch, seed)
+    if lengths is not None:
+        drawn = length_batches(lengths, batch, seed)
+    if score is None:
+        return train(model, drawn, loss, plan, progress=progress)
+    best = BestCheckpoint(score)
+    every = max(1, steps // checks)
+    log = train(model, drawn, loss, plan, stop=best, check_every=every, progress=progress)
+    best.restore(model)
+    return log
 
 
 @torch.no_grad()
 def outputs(
     model: Callable[..., Tensor], *texts: Tokens | CachedStates, batch: int = 128
 ) -> Float[Tensor, "items ..."]:
-    """What a model, or a method of one, says of all items, in batches."""
-    parts = [
-        model(*(part[start : start + batch] for part in texts))
-        for start in range(0, len(texts[0]), batch)
-    ]
-    return torch.cat(parts)
+    """What a model, or a method of one, says of all items, in batches of items of similar length."""
+    order = texts[0].mask.sum(1).argsort(stable=True)
+    parts = [model(*(part[rows] for part in texts)) for rows in order.split(batch)]
+    return torch.cat(parts)[order.argsort()]

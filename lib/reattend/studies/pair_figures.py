@@ -1,0 +1,63 @@
+"""Figures of experiments on pairs of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from reattend.plots import BASELINE, COLOURS, REPORTED, mean_curve, mean_point
+
+
+def draw_scores(
+    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    teachers: Mapping[str, float],
+    trivial: Mapping[str, float],
+    reported: float,
+) -> Figure:
+    """Every seed of every method on every task, means with intervals, between trivial and teacher.
+
+    Args:
+        scores: task -> method -> score of each seed.
+        teachers: score of the teacher by task.
+        trivial: score of a constant answer by task.
+        reported: the paper's mean score relative to the teacher's.
+    """
+    fig, axes = plt.subplots(1, len(scores), figsize=(2.9 * len(scores) + 1.8, 3.6), sharey=True)
+    for axis, (name, methods) in zip(np.atleast_1d(axes), scores.items(), strict=True):
+        for place, points in enumerate(methods.values()):
+            mean_point(axis, points, place, COLOURS[0] if place == 0 else BASELINE)
+        axis.axvline(teachers[name], color="black", lw=1.6, label="teacher")
+        label = f"{reported:.3f} of the teacher's score (reported mean)"
+        axis.axvline(reported * teachers[name], color=REPORTED, lw=1.6, ls="--", label=label)
+        axis.axvline(trivial[name], color=COLOURS[3], lw=1.2, ls=":", label="constant answer")
+        axis.set_yticks(range(len(methods)), list(methods))
+        axis.set(title=name, xlabel="accuracy, %")
+        if trivial[name] == 0:
+            axis.set(xlabel="100 x Pearson r", xlim=(min(map(min, methods.values())) - 3, None))
+    np.atleast_1d(axes)[0].invert_yaxis()
+    handles = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    fig.legend(*handles, loc="outside upper center", ncols=3)
+    return fig
+
+
+def draw_sweep(
+    scores: Mapping[str, Mapping[float, Sequence[float]]], teachers: Mapping[str, float]
+) -> Figure:
+    """Score against alpha: every seed as a point, means with their intervals; dotted the teacher.
+
+    Args:
+        scores: task -> alpha -> score of each seed, as many for every alpha.
+        teachers: score of the teacher by task.
+    """
+    fig, ax = plt.subplots(figsize=(7.5, 4))
+    for number, (name, by_alpha) in enumerate(scores.items()):
+        colour = COLOURS[number]
+        mean_curve(ax, list(by_alpha), np.stack(list(by_alpha.values()), 1), colour, name)
+        ax.axhline(teachers[name], color=colour, lw=1, ls=":")
+    ax.plot([], [], color=BASELINE, lw=1, ls=":", label="teacher of the task")
+    ax.set(xlabel="alpha (0: labels alone, 1: teacher alone)", ylabel="test score")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
