@@ -61,3 +61,31 @@ def draw_sweep(
     ax.set(xlabel="alpha (0: labels alone, 1: teacher alone)", ylabel="test score")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
+
+
+def draw_gains(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    reported: Mapping[str, Sequence[float]],
+    quantity: str,
+) -> Figure:
+    """Gains of every row and seed, one panel an encoder, and last the reported gains of the same rows.
+
+    Args:
+        panels: encoder -> row -> gain of each seed.
+        reported: row -> gains of the models that were reported.
+        quantity: what the horizontal axis shows.
+    """
+    rows = list(next(iter(panels.values())))
+    fig, axes = plt.subplots(1, len(panels) + 1, figsize=(11, 3.2), sharey=True)
+    for axis, (name, gains) in zip(axes, panels.items(), strict=False):
+        for place, (row, points) in enumerate(gains.items()):
+            mean_point(axis, points, place, BASELINE if row.startswith("contrast") else COLOURS[0])
+        axis.set(title=name, xlabel=quantity)
+    for row, points in reported.items():
+        axes[-1].plot(points, [rows.index(row)] * len(points), "s", color=REPORTED, mec="black")
+    axes[-1].set(title="reported (STS)", xlabel=quantity)
+    for axis in axes:
+        axis.axvline(0, color=BASELINE, lw=1, ls="--")
+    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].invert_yaxis()
+    return fig
