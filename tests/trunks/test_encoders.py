@@ -7,7 +7,6 @@ from transformers import BertForSequenceClassification
 
 from reattend.backbones.pretrained.minilm import load
 from reattend.trunks.encoders import (
-    BestCheckpoint,
     BiEncoder,
     CrossEncoder,
     TextEncoder,
@@ -150,22 +149,6 @@ def test_batches_by_length_cover_all_items_with_less_padding(items, batch, seed)
     assert sorted_ones < 0.8 * padded(index_batches(items, batch, seed))
     with pytest.raises(ValueError, match="do not fill"):
         next(length_batches(lengths, items + 1, seed))
-
-
-def test_the_best_checkpoint_is_kept_and_frozen_weights_are_left_alone():
-    model = torch.nn.Linear(1, 1, bias=False)
-    frozen = torch.nn.Linear(1, 1).requires_grad_(False)
-    both = torch.nn.Sequential(model, frozen)
-    scores = iter([0.2, 0.7, 0.7, 0.1])
-    best = BestCheckpoint(lambda _: next(scores))
-    with pytest.raises(ValueError, match="check at least once"):
-        best.restore(both)
-    for value in (1.0, 2.0, 3.0, 4.0):
-        model.weight.data.fill_(value)
-        frozen.weight.data.fill_(10 * value)
-        assert best(both) is False
-    best.restore(both)
-    assert (best.best, model.weight.item(), frozen.weight.item()) == (0.7, 2.0, 40.0)
 
 
 def test_fine_tuning_ends_with_the_best_of_its_checks():

@@ -7,7 +7,6 @@ can be frozen, and what frozen layers say of a text is computed once (`TextEncod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, MPNetModel, PreTrainedTokenizerBase
 
-from reattend.training.loop import TrainingLog, TrainingPlan, train
+from reattend.training.loop import BestCheckpoint, TrainingLog, TrainingPlan, train
 
 
 @dataclass(frozen=True)
@@ -225,37 +224,6 @@ def length_batches(
             drawn += part[lengths[part].argsort(stable=True)].split(batch)
         for k in torch.randperm(len(drawn), generator=generator):
             yield drawn[k]
-
-
-class BestCheckpoint:
-    """Keeps the trained weights of the best score seen, the first of equals; a `stop` of `train`.
-
-    Args:
-        score: of a model in evaluation mode, higher is better.
-    """
-
-    def __init__(self, score: Callable[[nn.Module], float]) -> None:
-        self.score, self.best = score, -math.inf
-        self._weights: dict[str, Tensor] = {}
-
-    def __call__(self, model: nn.Module) -> bool:
-        """Score the model and never stop the training."""
-        found = self.score(model)
-        if found > self.best:
-            self.best = found
-            trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-            self._weights = {name: p.detach().clone() for name, p in trained}
-        return False
-
-    def restore(self, model: nn.Module) -> None:
-        """Give the model its best weights.
-
-        Raises:
-            ValueError: when no score was asked for.
-        """
-        if not self._weights:
-            raise ValueError("no checkpoint was scored: check at least once in the training")
-        model.load_state_dict(self._weights, strict=False)
 
 
 def fine_tune(
