@@ -100,7 +100,11 @@ def arm_points(
 
 
 def mean_point(
-    axis: Axes, points: Sequence[float], place: float, colour: str, label: str | None = None
+    axis: Axes,
+    points: Sequence[float] | np.ndarray,
+    place: float,
+    colour: str,
+    label: str | None = None,
 ) -> None:
     """Points in a row at height `place`, their mean as a diamond, from three points on its 95 % interval."""
     values = np.asarray(points, dtype=float)

@@ -80,7 +80,7 @@ def test_the_cosine_alone_tells_equal_sentences(encoder):
 
 
 def test_students_start_from_the_generic_encoder_and_repeat(encoder):
-    task, fit = PairTask(made(), (13, 9, 11), encoder), Fit(2, 4)
+    task, fit = PairTask(made(), (13, 9, 11), encoder), Fit(2.0, 4)
     before = encoder.model.encoder.layer[0].output.dense.weight.clone()
     one, two, other = (fit.student(encoder, task, 0.5, 1e-3, seed) for seed in (1, 1, 2))
     torch.testing.assert_close(one.logits(task), two.logits(task), rtol=0, atol=0)
@@ -90,7 +90,7 @@ def test_students_start_from_the_generic_encoder_and_repeat(encoder):
 
 def test_the_placebo_reads_labels_and_alpha_zero_no_teacher(encoder):
     teacher = made()
-    task, fit = PairTask(teacher, (13, 9, 11), encoder), Fit(1, 4)
+    task, fit = PairTask(teacher, (13, 9, 11), encoder), Fit(1.0, 4)
     labels_only = fit.student(encoder, task, 0.0, 1e-3, 0).logits(task)
     placebo = fit.student(encoder, task, EXCHANGED, 1e-3, 0).logits(task)
     task.teacher["train"] = task.teacher["train"] + 5

@@ -23,7 +23,9 @@ def test_scores_lie_between_a_constant_answer_and_the_teacher():
         "one": {"DSE": seeds(), "labels": seeds()},
         "two": {"DSE": seeds(1), "labels": seeds()},
     }
-    fig = pair_figures.draw_scores(scores, {"one": 80, "two": 90}, {"one": 50, "two": 0}, 0.95)
+    fig = pair_figures.draw_scores(
+        scores, {"one": 80.0, "two": 90.0}, {"one": 50.0, "two": 0.0}, 0.95
+    )
     lines = [line.get_xdata()[0] for line in fig.axes[0].lines if len(set(line.get_xdata())) == 1]
     assert {80, 76, 50} <= set(lines)
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["DSE", "labels"]
@@ -51,7 +53,9 @@ def test_differences_sizes_strips_and_shifts_are_drawn():
     assert len(set(places)) == 6
     fig = pair_figures.draw_sizes({"AT": seeds(3, 2)}, seeds(), [0.3, 3.0], 50.4)
     assert 50.4 in {line.get_ydata()[0] for line in fig.axes[0].lines}
-    fig = pair_figures.draw_strips({("a b c", "good"): {"x": [1, 2, 4], "y": [3, 1, 0]}})
+    fig = pair_figures.draw_strips(
+        {("a b c", "good"): {"x": np.array([1, 2, 4]), "y": np.array([3, 1, 0])}}
+    )
     shown = fig.axes[0].images[0].get_array()
     np.testing.assert_allclose(shown, [[0.25, 0.5, 1], [1, 1 / 3, 0]])
     curves = {"AT": seeds(3, 2), "Vanilla": seeds(3, 2, seed=1)}

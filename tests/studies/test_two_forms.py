@@ -15,7 +15,7 @@ PAIRS = {
     "validation": (A[:5], B[3:], torch.tensor([0.1, 0.9, 0.3, 0.2, 0.5])),
     "human": (["dog", "river"], ["cat", "bank"], torch.tensor([0.8, 0.4])),
 }
-RECIPE = Recipe(contrast=(1e-3, 1, 4), cross=(1e-3, 1, 4), bi=(1e-3, 1, 4), checks=2)
+RECIPE = Recipe(contrast=(1e-3, 1.0, 4), cross=(1e-3, 1.0, 4), bi=(1e-3, 1.0, 4), checks=2)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 
 from reattend.plots import BASELINE, COLOURS, REPORTED, mean_curve, mean_point
 
+Numbers = Sequence[float] | Sequence[int] | np.ndarray
+
 
 def draw_scores(
-    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    scores: Mapping[str, Mapping[str, Numbers]],
     teachers: Mapping[str, float],
     trivial: Mapping[str, float],
     reported: float,
@@ -44,7 +46,7 @@ def draw_scores(
 
 
 def draw_sweep(
-    scores: Mapping[str, Mapping[float, Sequence[float]]], teachers: Mapping[str, float]
+    scores: Mapping[str, Mapping[float, Numbers]], teachers: Mapping[str, float]
 ) -> Figure:
     """Score against alpha: every seed as a point, means with their intervals; dotted the teacher.
 
@@ -64,8 +66,8 @@ def draw_sweep(
 
 
 def draw_gains(
-    panels: Mapping[str, Mapping[str, Sequence[float]]],
-    reported: Mapping[str, Sequence[float]],
+    panels: Mapping[str, Mapping[str, Numbers]],
+    reported: Mapping[str, Numbers],
     quantity: str,
 ) -> Figure:
     """Gains of every row and seed, one panel an encoder, and last the reported gains of the same rows.
@@ -122,7 +124,7 @@ def draw_differences(
 def draw_sizes(
     sweep: Mapping[str, np.ndarray],
     plain: np.ndarray,
-    sizes: Sequence[float],
+    sizes: Numbers,
     constant: float,
 ) -> Figure:
     """Accuracy against the size of the perturbation in training.
@@ -146,7 +148,7 @@ def draw_sizes(
     return fig
 
 
-def draw_strips(strips: Mapping[tuple[str, str], Mapping[str, Sequence[float]]]) -> Figure:
+def draw_strips(strips: Mapping[tuple[str, str], Mapping[str, Numbers]]) -> Figure:
     """One row of shades for each label over the words of each text, every row divided by its largest.
 
     Args:
@@ -167,7 +169,7 @@ def draw_strips(strips: Mapping[tuple[str, str], Mapping[str, Sequence[float]]])
 
 def draw_shifts(
     panels: Mapping[str, Mapping[str, np.ndarray]],
-    sizes: Sequence[float],
+    sizes: Numbers,
     labels: Mapping[str, str],
 ) -> Figure:
     """Change of predictions against the size of a perturbation at test time.

@@ -174,7 +174,7 @@ class Trainer:
     trainable: bool
     steps: int
     batch: int
-    device: torch.device | str = "cpu"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rates: dict[str, float] = field(default_factory=dict)
     _done: dict[tuple, Run] = field(default_factory=dict)
 

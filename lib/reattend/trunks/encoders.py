@@ -265,9 +265,14 @@ def fine_tune(
 
 @torch.no_grad()
 def outputs(
-    model: Callable[..., Tensor], *texts: Tokens | CachedStates, batch: int = 128
+    model: Callable[..., Tensor],
+    *texts: Tokens | CachedStates | Bool[Tensor, "items longest"],
+    batch: int = 128,
 ) -> Float[Tensor, "items ..."]:
-    """What a model, or a method of one, says of all items, in batches of items of similar length."""
+    """What a model, or a method of one, says of all items, in batches of items of similar length.
+
+    The first of `texts` has the lengths; all are indexed alike.
+    """
     order = texts[0].mask.sum(1).argsort(stable=True)
     parts = [model(*(part[rows] for part in texts)) for rows in order.split(batch)]
     return torch.cat(parts)[order.argsort()]
