@@ -15,9 +15,6 @@ UNFINISHED = frozenset(
         "sigmoid_attention",
         "flexprefill",
         "recycled_attention",
-        "attention_iat",
-        "dse",
-        "trans_encoder",
         "salient_relevance",
     }
 )

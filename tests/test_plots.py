@@ -4,7 +4,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from reattend.plots import MAX_BYTES, arm_points, number_grid, save_png, show_regions
+from reattend.plots import (
+    MAX_BYTES,
+    arm_points,
+    mean_curve,
+    mean_point,
+    number_grid,
+    save_png,
+    show_regions,
+)
 
 
 def drawn(scale=1.0):
@@ -64,3 +72,27 @@ def test_regions_that_are_seen_stay_bright_and_are_framed_in_their_places():
     corners = [patch.get_xy() for patch in axis.patches]
     assert corners == [(1.5, -0.5), (3.5, 1.5), (3.5, 1.5)]
     plt.close("all")
+
+
+def test_a_mean_point_lies_in_its_interval_and_two_points_have_none():
+    values = [1.0, 2.0, 6.0]
+    _, axis = plt.subplots()
+    mean_point(axis, values, 3, "black", "arm")
+    points, interval, centre = axis.lines
+    assert points.get_xdata().tolist() == values
+    half = (
+        4.302652729911275 * np.std(values, ddof=1) / np.sqrt(3)
+    )  # Student t, 2 degrees of freedom
+    np.testing.assert_allclose(interval.get_xdata(), [3 - half, 3 + half])
+    assert (centre.get_xdata()[0], centre.get_ydata()[0], centre.get_label()) == (3.0, 3, "arm")
+    _, axis = plt.subplots()
+    mean_point(axis, values[:2], 0, "black")
+    assert len(axis.lines) == 2
+
+
+def test_a_mean_curve_joins_the_means_of_its_columns():
+    values = np.random.default_rng(0).normal(size=(4, 3))
+    _, axis = plt.subplots()
+    mean_curve(axis, [1, 2, 4], values, "black")
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), values.mean(0))
+    assert len(axis.collections) == 1

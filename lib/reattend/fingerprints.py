@@ -26,6 +26,7 @@ NO_RESULT = {
     "reattend.plots": "drawing: a figure shows numbers that are kept elsewhere",
     "reattend.presentation": "what a notebook shows while it runs",
     "reattend.studies.probing_figures": "drawing",
+    "reattend.studies.pair_figures": "drawing",
     "reattend.records": "reads the record; its fields that bear on results are in the fingerprint",
     "reattend.evidence.intervals": "judging, which is done anew from what a run keeps",
     "reattend.evidence.statistics": "judging",

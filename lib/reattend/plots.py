@@ -14,6 +14,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.rcsetup import cycler
 from PIL import Image
 
+from reattend.evidence.intervals import mean
+
 DPI = 110
 MAX_BYTES = 150_000
 
@@ -95,6 +97,43 @@ def arm_points(
         axis.plot(sum(points) / len(points), place, "|", color="black", ms=14)
     axis.set_yticks(range(len(scores)), list(scores))
     axis.invert_yaxis()
+
+
+def mean_point(
+    axis: Axes,
+    points: Sequence[float] | np.ndarray,
+    place: float,
+    colour: str,
+    label: str | None = None,
+) -> None:
+    """Points in a row at height `place`, their mean as a diamond, from three points on its 95 % interval."""
+    values = np.asarray(points, dtype=float)
+    axis.plot(values, np.full(len(values), place), "o", color=colour, ms=3, alpha=0.4)
+    found = mean(values)
+    if np.isfinite(found.low):
+        axis.plot([found.low, found.high], [place, place], color=colour, lw=2)
+    axis.plot(found.effect, place, "D", color=colour, mec="black", mew=0.6, ms=5, label=label)
+
+
+def mean_curve(
+    axis: Axes,
+    places: Sequence[float],
+    values: np.ndarray,
+    colour: str,
+    label: str | None = None,
+    style: str = "-",
+) -> None:
+    """Mean over seeds against `places`, with the 95 % interval of each mean as a band and seeds as points.
+
+    Args:
+        values: [seeds, places].
+        style: of the line.
+    """
+    found = [mean(column) for column in np.asarray(values, dtype=float).T]
+    axis.plot(places, [f.effect for f in found], style, color=colour, lw=1.8, label=label)
+    low, high = [f.low for f in found], [f.high for f in found]
+    axis.fill_between(places, low, high, color=colour, alpha=0.15, lw=0)
+    axis.plot(places, np.asarray(values).T, "o", color=colour, ms=2.5, alpha=0.4)
 
 
 def number_grid(axis: Axes, values: np.ndarray, rows: Sequence, columns: Sequence) -> None:

@@ -1,10 +1,12 @@
 """The teachers of pair tasks: real cross-attention, blind to padding, better than chance, repeatable."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from reattend.backbones.trained.pair_teachers import AlignmentTeacher, build, load
+from reattend.backbones.trained.pair_teachers import AlignmentTeacher, build, load, with_places
 from reattend.trunks.encoders import CachedStates
 
 
@@ -32,11 +34,33 @@ def test_padding_and_cls_are_not_read():
 def test_a_token_is_compared_with_what_it_attends_to():
     """With one token besides [CLS] on each side the softmax is 1: the comparison is of those two."""
     model, first, second = teacher(), states([2]), states([2], seed=1)
-    a, b = first.states[0, 1], second.states[0, 1]
+    a, b = (with_places(text.states, model.waves)[0, 1] for text in (first, second))
     features = torch.cat([a, b, a * b, (a - b).abs()]), torch.cat([b, a, b * a, (b - a).abs()])
     compared = [model.compare(part) for part in features]
     pooled = torch.cat([compared[0], compared[0], compared[1], compared[1]])
     torch.testing.assert_close(model(first, second)[0], model.classify(pooled))
+
+
+@pytest.mark.parametrize("waves", [1, 16])
+def test_places_are_half_sines_and_cosines_behind_the_states(waves):
+    texts = states([4, 7]).states
+    joined = with_places(texts, waves)
+    assert joined.shape == (2, 7, 12 + 2 * waves)
+    torch.testing.assert_close(joined[..., :12], texts, rtol=0, atol=0)
+    torch.testing.assert_close(joined[1, 3, 12], torch.tensor(0.5 * math.sin(3.0)))
+    last = 3.0 * 30 ** -((waves - 1) / waves)  # the slowest wave
+    torch.testing.assert_close(joined[0, 3, -1], torch.tensor(0.5 * math.cos(last)))
+
+
+def test_two_tokens_that_change_places_are_seen_through_their_places_alone():
+    """States that carry no order: only the places can tell that two of them were exchanged."""
+    first, second = states([5]), states([5], seed=1)
+    exchanged = CachedStates(second.states[:, [0, 1, 4, 3, 2]], second.mask)
+    for waves, seen in ((0, False), (16, True)):
+        torch.manual_seed(0)
+        model = AlignmentTeacher(12, 2, hidden=8, waves=waves).eval()
+        change = (model(first, second) - model(first, exchanged)).abs().max().item()
+        assert (change > 1e-4) == seen
 
 
 def test_it_reads_both_texts_together():

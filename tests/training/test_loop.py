@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reattend.training.loop import TrainingDiverged, TrainingPlan, train
+from reattend.training.loop import BestCheckpoint, TrainingDiverged, TrainingPlan, train
 
 
 def linear(seed=0, outputs=2):
@@ -145,3 +145,19 @@ def test_too_few_batches_are_an_error():
     few = itertools.islice(batches(), 4)
     with pytest.raises(ValueError, match="ran out at step 4 of 9"):
         train(linear(), few, square_error, TrainingPlan(steps=9, learning_rate=0.01))
+
+
+def test_the_best_checkpoint_is_kept_and_frozen_weights_are_left_alone():
+    model = torch.nn.Linear(1, 1, bias=False)
+    frozen = torch.nn.Linear(1, 1).requires_grad_(False)
+    both = torch.nn.Sequential(model, frozen)
+    scores = iter([0.2, 0.7, 0.7, 0.1])
+    best = BestCheckpoint(lambda _: next(scores))
+    with pytest.raises(ValueError, match="check at least once"):
+        best.restore(both)
+    for value in (1.0, 2.0, 3.0, 4.0):
+        model.weight.data.fill_(value)
+        frozen.weight.data.fill_(10 * value)
+        assert best(both) is False
+    best.restore(both)
+    assert (best.best, model.weight.item(), frozen.weight.item()) == (0.7, 2.0, 40.0)

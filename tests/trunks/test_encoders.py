@@ -12,6 +12,7 @@ from reattend.trunks.encoders import (
     TextEncoder,
     fine_tune,
     index_batches,
+    length_batches,
     masked_mean,
     outputs,
     tokenise,
@@ -132,3 +133,42 @@ def test_wrong_numbers_of_layers():
         load(7)
     with pytest.raises(ValueError, match=r"0\.\.2"):
         encoder(2, frozen=3)
+
+
+@pytest.mark.parametrize(("items", "batch", "seed"), [(40, 4, 0), (37, 5, 1)])
+def test_batches_by_length_cover_all_items_with_less_padding(items, batch, seed):
+    lengths = torch.randint(3, 60, (items,), generator=torch.Generator().manual_seed(seed))
+    whole = items // batch
+
+    def padded(source):
+        drawn = [next(source) for _ in range(whole)]
+        assert len(set(torch.cat(drawn).tolist())) == whole * batch
+        return sum(len(rows) * lengths[rows].max().item() for rows in drawn)
+
+    sorted_ones = padded(length_batches(lengths, batch, seed))
+    assert sorted_ones < 0.8 * padded(index_batches(items, batch, seed))
+    with pytest.raises(ValueError, match="do not fill"):
+        next(length_batches(lengths, items + 1, seed))
+
+
+def test_fine_tuning_ends_with_the_best_of_its_checks():
+    weights = []
+
+    def score(model):
+        weights.append(model.weight.item())
+        return -abs(len(weights) - 2)  # the second check is the best
+
+    model = torch.nn.Linear(1, 1, bias=False)
+
+    def loss(model, index):
+        return model.weight.sum() * len(index)
+
+    fine_tune(model, 8, loss, epochs=4, batch=1, learning_rate=0.1, score=score, checks=4)
+    assert len(weights) == 4
+    assert model.weight.item() == weights[1] != weights[3]
+
+
+def test_outputs_keep_their_order(tokenizer):
+    model, tokens = BiEncoder(encoder()), tokenise(tokenizer, [*FIRST, *SECOND], length=32)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(model, tokens, batch=2), model(tokens))

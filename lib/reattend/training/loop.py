@@ -135,3 +135,34 @@ def train(
             model.train()
     model.eval()
     return log
+
+
+class BestCheckpoint:
+    """Keeps the trained weights of the best score seen, the first of equals; a `stop` of `train`.
+
+    Args:
+        score: of a model in evaluation mode, higher is better.
+    """
+
+    def __init__(self, score: Callable[[nn.Module], float]) -> None:
+        self.score, self.best = score, -math.inf
+        self._weights: dict[str, Tensor] = {}
+
+    def __call__(self, model: nn.Module) -> bool:
+        """Score the model and never stop the training."""
+        found = self.score(model)
+        if found > self.best:
+            self.best = found
+            trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+            self._weights = {name: p.detach().clone() for name, p in trained}
+        return False
+
+    def restore(self, model: nn.Module) -> None:
+        """Give the model its best weights.
+
+        Raises:
+            ValueError: when no score was asked for.
+        """
+        if not self._weights:
+            raise ValueError("no checkpoint was scored: check at least once in the training")
+        model.load_state_dict(self._weights, strict=False)

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, MPNetModel, PreTrainedTokenizerBase
 
-from reattend.training.loop import TrainingLog, TrainingPlan, train
+from reattend.training.loop import BestCheckpoint, TrainingLog, TrainingPlan, train
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,30 @@ def index_batches(items: int, batch: int, seed: int) -> Iterator[Int[Tensor, " b
         yield from order[: items // batch * batch].split(batch)
 
 
+def length_batches(
+    lengths: Int[Tensor, " items"], batch: int, seed: int, pool: int = 8
+) -> Iterator[Int[Tensor, " batch"]]:
+    """As `index_batches`, but items of similar length share a batch, which saves padding.
+
+    Args:
+        lengths: tokens of each item.
+        pool: batches whose items are drawn together and then sorted by length.
+
+    Raises:
+        ValueError: when there are fewer items than a batch holds.
+    """
+    if len(lengths) < batch:
+        raise ValueError(f"{len(lengths)} items do not fill a batch of {batch}")
+    lengths, generator = lengths.cpu(), Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(lengths), generator=generator)
+        drawn = []
+        for part in order[: len(lengths) // batch * batch].split(pool * batch):
+            drawn += part[lengths[part].argsort(stable=True)].split(batch)
+        for k in torch.randperm(len(drawn), generator=generator):
+            yield drawn[k]
+
+
 def fine_tune(
     model: nn.Module,
     items: int,
@@ -212,26 +236,43 @@ def fine_tune(
     learning_rate: float = 5e-5,
     weight_decay: float = 0.01,
     seed: int = 0,
+    lengths: Int[Tensor, " items"] | None = None,
+    score: Callable[[nn.Module], float] | None = None,
+    checks: int = 4,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> TrainingLog:
     """Train an encoder in place on `epochs` passes over items 0 .. items - 1.
 
     `loss(model, index)` looks up the items of a batch itself. A tenth of the steps warms up, then the
-    rate falls along a cosine. Dropout and order depend on `seed` alone.
+    rate falls along a cosine. Dropout and order depend on `seed` alone. With `lengths` items of similar
+    length share a batch. With `score` the weights are kept that had the best of `checks` scores, asked
+    at even distances.
     """
     torch.manual_seed(seed)
     steps = max(1, round(epochs * (items // batch)))
     plan = TrainingPlan(steps, learning_rate, weight_decay, warmup=max(1, steps // 10))
-    return train(model, index_batches(items, batch, seed), loss, plan, progress=progress)
+    drawn = index_batches(items, batch, seed)
+    if lengths is not None:
+        drawn = length_batches(lengths, batch, seed)
+    if score is None:
+        return train(model, drawn, loss, plan, progress=progress)
+    best = BestCheckpoint(score)
+    every = max(1, steps // checks)
+    log = train(model, drawn, loss, plan, stop=best, check_every=every, progress=progress)
+    best.restore(model)
+    return log
 
 
 @torch.no_grad()
 def outputs(
-    model: Callable[..., Tensor], *texts: Tokens | CachedStates, batch: int = 128
+    model: Callable[..., Tensor],
+    *texts: Tokens | CachedStates | Bool[Tensor, "items longest"],
+    batch: int = 128,
 ) -> Float[Tensor, "items ..."]:
-    """What a model, or a method of one, says of all items, in batches."""
-    parts = [
-        model(*(part[start : start + batch] for part in texts))
-        for start in range(0, len(texts[0]), batch)
-    ]
-    return torch.cat(parts)
+    """What a model, or a method of one, says of all items, in batches of items of similar length.
+
+    The first of `texts` has the lengths; all are indexed alike.
+    """
+    order = texts[0].mask.sum(1).argsort(stable=True)
+    parts = [model(*(part[rows] for part in texts)) for rows in order.split(batch)]
+    return torch.cat(parts)[order.argsort()]
