@@ -22,10 +22,10 @@ from reattend.pipeline.notice import render_notice
 from reattend.pipeline.report import MATRIX, SCOREBOARD, papers_of, readme_with_results, scoreboard
 from reattend.records import FAMILIES, record_paths
 from reattend.site.matrix import matrix_svg
-from tests.test_papers import made_before_the_chain
+from tests.test_papers import UNFINISHED
 
 SIZE_LIMIT = 1_000_000
-LINE_LIMIT = 620  # of code in one notebook; 400 is what to aim for
+LINE_LIMIT = 510  # of code in one notebook; 400 is what to aim for
 
 
 def test_dvc_yaml_follows_the_records(root):
@@ -52,8 +52,6 @@ def test_committed_results_belong_to_the_committed_code(root, tmp_path, monkeypa
         (tmp_path / name).symlink_to(root / name)
     write_fingerprints(tmp_path)
     for slug in record_paths(root):
-        if made_before_the_chain(slug):
-            continue
         stage = lock[f"replicate-{slug}"]
         recorded = {dep["path"]: dep["md5"] for dep in stage["deps"]}
         path = f"build/fingerprints/papers/{slug}.json"
@@ -127,16 +125,18 @@ def test_committed_verdicts_follow_from_evidence_and_record(root):
     for slug, record in load_records(root).items():
         kept = committed_verdicts(verdicts_path(root, record))
         assert kept == judge_paper(root, record), f"{slug}: run `reattend judge`"
-        if not made_before_the_chain(slug):
-            assert list(kept["cpu"]) == [claim.id for claim in record.claims], slug
+        assert list(kept["cpu"]) == [claim.id for claim in record.claims], slug
 
 
 def test_committed_runs_keep_their_budget(root):
-    """CPU seconds, children included: 600 at the most at cpu."""
+    """CPU seconds, children included: 600 at the most at cpu.
+
+    An unfinished paper may have taken longer; `reattend check` then says so.
+    """
     for slug, record in load_records(root).items():
         path = root / "figures" / record.family / slug / "cpu" / "run.json"
         facts = json.loads(path.read_text())
-        if not made_before_the_chain(slug):
+        if slug not in UNFINISHED:
             assert facts["cpu_seconds"] <= record.budget_seconds.cpu, slug
 
 

@@ -17,7 +17,6 @@ from reattend.pipeline.provenance import (
 from reattend.project import read_json
 from reattend.records import record_paths
 from tests.pipeline.toy import ROOT, Checkout
-from tests.test_papers import made_before_the_chain
 
 RUNS = [
     (slug, profile)
@@ -31,7 +30,7 @@ RUNS = [
 def test_a_chain_leads_from_a_committed_run_to_today(slug, profile):
     """Any machine can make cpu results again; older gpu results stay, and the report says what they are."""
     found = standing(ROOT, record_paths(ROOT)[slug].with_suffix(".ipynb"), profile)
-    allowed = {TODAY, BEFORE} if profile == "gpu" or made_before_the_chain(slug) else {TODAY}
+    allowed = {TODAY, BEFORE} if profile == "gpu" else {TODAY}
     assert found in allowed, "run `reattend repro`, or `reattend attest` where results must stand"
 
 
