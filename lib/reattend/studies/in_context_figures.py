@@ -28,7 +28,9 @@ def heat(axis: Axes, image: Float[Tensor, "rows columns"], limit: float, hidden:
 
 
 def draw_circuits(
-    models: Sequence[tuple[Float[Tensor, "heads width width"], Float[Tensor, "heads tasks width"]]],
+    models: Sequence[
+        tuple[Float[Tensor, "_heads width width"], Float[Tensor, "_heads tasks width"]]
+    ],
     titles: Sequence[Sequence[str]],
     tasks: int = 1,
     most: int = 8,
