@@ -40,6 +40,18 @@ def test_alibi_slopes_of_eight_heads_are_the_published_ones():
     torch.testing.assert_close(alibi_slopes(8), 2.0 ** -torch.arange(1.0, 9.0))
 
 
+@pytest.mark.parametrize(
+    ("heads", "more"),
+    [(3, [2.0**-2]), (5, [2.0**-1]), (12, [2.0**-0.5, 2.0**-1.5, 2.0**-2.5, 2.0**-3.5])],
+)
+def test_alibi_slopes_of_other_numbers_are_those_of_the_official_code(heads, more):
+    """get_slopes of Press et al.: the lower power of two, then every other slope of twice as many heads."""
+    whole = heads - len(more)
+    torch.testing.assert_close(
+        alibi_slopes(heads), torch.cat([alibi_slopes(whole), torch.tensor(more)])
+    )
+
+
 def test_alibi_bias_falls_with_distance():
     bias = alibi_bias(2, 2, 4)
     torch.testing.assert_close(bias[0, :, :3], -torch.tensor([[2.0, 1, 0], [3, 2, 1]]) / 16)

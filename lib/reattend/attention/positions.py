@@ -32,11 +32,16 @@ def rotary(
 
 
 def alibi_slopes(heads: int, device: torch.device | None = None) -> Float[Tensor, " heads"]:
-    """Slopes of the linear biases: a geometric series from 2 ** (-8 / heads) to 2 ** -8.
+    """Slopes of the linear biases (Press et al. 2022, arXiv 2108.12409, section 3, and their code).
 
-    Press et al. 2022 (arXiv 2108.12409), section 3, for any number of heads.
+    For a power of two a geometric series from 2 ** (-8 / heads) to 2 ** -8; for other numbers the series of
+    the next lower power of two, and of that of the next higher one every other slope, for the heads left.
     """
-    return 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=device) / heads)
+    whole = 1 << heads.bit_length() - 1
+    slopes = 2.0 ** (-8.0 * torch.arange(1, whole + 1, device=device) / whole)
+    if whole == heads:
+        return slopes
+    return torch.cat([slopes, alibi_slopes(2 * whole, device)[::2][: heads - whole]])
 
 
 def alibi_bias(
