@@ -84,7 +84,10 @@ class TrunkCache:
 
 
 class Block(nn.Module):
-    """Pre-norm residual layer: x + mixer(LN(x)), then, if asked for, x + feed_forward(LN(x))."""
+    """Pre-norm residual layer: x + mixer(LN(x)), then, if asked for, x + feed_forward(LN(x)).
+
+    `tokens` are for mixers that read them; None where there are none, as in vision.
+    """
 
     def __init__(self, width: int, mixer: nn.Module, feed_forward: nn.Module | None):
         super().__init__()
@@ -96,7 +99,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch length width"],
-        tokens: Int[Tensor, "batch length"],
+        tokens: Int[Tensor, "batch length"] | None,
         cache: dict | None = None,
     ) -> Float[Tensor, "batch length width"]:
         read = (tokens,) if getattr(self.mixer, "reads_tokens", False) else ()
