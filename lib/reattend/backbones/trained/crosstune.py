@@ -24,18 +24,25 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from reattend.backbones.pretrained import minilm, mpnet, smollm2
 from reattend.backbones.store import backbone_path
-from reattend.data import texts
 from reattend.data.label_texts import descriptions, names, padded_names
 from reattend.data.shots import balanced, draw_shots
+from reattend.data.texts import (
+    TextSet,
+    bbc_topics,
+    movie_reviews,
+    newsgroups,
+    sms_spam,
+    trec_questions,
+)
 from reattend.text_matching.crosstune import pool_tokens
 from reattend.trunks.encoders import BiEncoder, TextEncoder, tokenise
 
-SETS: dict[str, Callable[[], texts.TextSet]] = {
-    "questions": texts.trec_questions,
-    "news": texts.bbc_topics,
-    "newsgroups": texts.newsgroups,
-    "messages": texts.sms_spam,
-    "reviews": texts.movie_reviews,
+SETS: dict[str, Callable[[], TextSet]] = {
+    "questions": trec_questions,
+    "news": bbc_topics,
+    "newsgroups": newsgroups,
+    "messages": sms_spam,
+    "reviews": movie_reviews,
 }
 QUESTIONS = "questions"  # the set that is asked of SmolLM2 and of the teacher
 LABEL_KINDS = {"descriptions": descriptions, "names": names, "padded names": padded_names}
@@ -288,7 +295,7 @@ def _ask_smollm2(
 ) -> dict[int, tuple[list[str], Int[Tensor, " items"]]]:
     """Fill in SmolLM2's states and logits; what it writes, by draw."""
     model, tokenizer = smollm2.load(dtype=torch.bfloat16)
-    data = texts.trec_questions()
+    data = trec_questions()
     sizes = {"pool": ("train", setting.asked_pool), "test": ("test", setting.asked_test // 6)}
     words = torch.tensor(
         [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(w)) for w in sum(WORDS, ())]
