@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from reattend.pipeline.provenance import (
     BEFORE,
@@ -16,7 +17,7 @@ from reattend.pipeline.provenance import (
 )
 from reattend.project import read_json
 from reattend.records import record_paths
-from tests.pipeline.toy import ROOT, Checkout
+from tests.pipeline.toy import EXPERIMENT, ROOT, Checkout
 
 RUNS = [
     (slug, profile)
@@ -153,3 +154,46 @@ def test_two_profiles_differ_in_parameters_alone(own):
     prints = [fingerprint(own.root, notebook, profile) for profile in ("smoke", "cpu", "gpu")]
     assert len({each["code"] for each in prints}) == 1
     assert prints[0]["parameters"] != prints[1]["parameters"] == prints[2]["parameters"]
+
+
+WEIGHTS = """\
+import os
+
+
+def weight():
+    return 0.0
+
+
+def build(target, profile):
+    with open(os.environ["TOY_BUILDS"], "a") as log:
+        log.write(f"{profile}\\n")
+    (target / "weights.txt").write_text(f"{weight()} {profile}")
+"""
+READ = """\
+from reattend.backbones.store import backbone_path
+
+assert (backbone_path("toy_weights", profile) / "weights.txt").read_text() == f"0.0 {profile}"
+"""
+
+
+def test_a_build_is_carried_over(tmp_path):
+    own, log = Checkout(tmp_path / "own", ["toy"]), tmp_path / "builds"
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TOY_BUILDS": str(log)}
+    module = own.root / "lib/reattend/backbones/trained/toy_weights.py"
+    module.write_text(WEIGHTS)
+    catalogue = own.root / "lib/reattend/backbones/catalogue.yaml"
+    entries = yaml.safe_load(catalogue.read_text())
+    entries["trained"]["toy_weights"] = {
+        "about": "numbers", "assets": [], "seconds": 1, "profiles": True
+    }  # fmt: skip
+    catalogue.write_text(yaml.safe_dump(entries))
+    own.write_paper("toy", READ + EXPERIMENT, needs={"backbones": ["toy_weights"]})
+    own.reattend("sync", check=True)
+    own.reattend("repro", "--profile", "cpu", check=True, **cache)
+    own.commit()
+    edit(module, "return 0.0", "return float(0)")
+    done = own.reattend("attest", check=True, **cache)
+    assert "backbone 'toy_weights': carried over" in done.stdout
+    assert log.read_text().split() == ["cpu", "smoke", "smoke"]
+    own.reattend("run", "toy", "--profile", "cpu", check=True, **cache)
+    assert log.read_text().split() == ["cpu", "smoke", "smoke"]

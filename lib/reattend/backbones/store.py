@@ -9,10 +9,12 @@ changed recipe makes a new one.
 
 from __future__ import annotations
 
+import filecmp
 import importlib
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -117,7 +119,43 @@ def is_built(name: str, profile: str) -> bool:
 
 
 def _directory(name: str, profile: str) -> Path:
-    return cache_directory() / "backbones" / f"{name}-{digest(recipe(name, profile))}"
+    return _kept(name, digest(recipe(name, profile)))
+
+
+def _kept(name: str, key: str) -> Path:
+    return cache_directory() / "backbones" / f"{name}-{key}"
+
+
+def carry_over(name: str, profile: str, older: Mapping[str, str]) -> bool:
+    """Take the build of an older recipe for today's, where both recipes give the same smoke build.
+
+    Args:
+        older: by profile, the digest of the older recipe (of `recipe`).
+
+    Returns:
+        Whether a build was taken. None is where today's is there already, or one of the three others is
+        not, or the files of the two smoke builds differ in a byte.
+    """
+    directory, source = _directory(name, profile), _kept(name, older[profile])
+    smoke = _directory(name, "smoke"), _kept(name, older["smoke"])
+    with locked(directory.with_name(directory.name + ".lock"), wait=True):
+        if damage(directory) is None or any(map(damage, (source, *smoke))):
+            return False
+        if not _same_files(*smoke):
+            return False
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{name}-") as scratch:
+            copy = shutil.copytree(source, Path(scratch) / name)
+            shutil.rmtree(directory, ignore_errors=True)
+            copy.rename(directory)
+    return True
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    names = [p.relative_to(one).as_posix() for p in one.rglob("*") if p.is_file()]
+    others = [p.relative_to(other).as_posix() for p in other.rglob("*") if p.is_file()]
+    if sorted(names) != sorted(others):
+        return False
+    return filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
 
 
 def build(name: str, profile: str = "cpu") -> Path:

@@ -2,12 +2,14 @@
 
 The smoke profile runs on the code of a commit, in a temporary worktree, and on the code as it is. Only
 if results.json and evidence.csv agree byte for byte, both fingerprints go into the paper's
-attested.json, and DVC is told that the paper is up to date. Parameters are not bridged.
+attested.json, and DVC is told that the paper is up to date. Parameters are not bridged. A backbone whose
+smoke build is the same byte for byte is carried over likewise instead of being built again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from reattend.backbones.store import carry_over, find_backbone
 from reattend.locks import Busy, locked
 from reattend.parameters import PROFILES, load_params
 from reattend.pipeline.errors import CommandError
@@ -41,6 +44,12 @@ SAME = ("results.json", "evidence.csv")
 _PRINT_OLD = """\
 import sys; from pathlib import Path; from reattend.pipeline.provenance import fingerprint
 print(fingerprint(Path.cwd(), Path.cwd() / sys.argv[1], "smoke")["code"])
+"""
+
+_PRINT_RECIPES = """\
+import json; from reattend.backbones.store import catalogue, recipe
+from reattend.fingerprints import digest; from reattend.parameters import PROFILES
+print(json.dumps({n: {p: digest(recipe(n, p)) for p in PROFILES} for n in catalogue()}))
 """
 
 
@@ -113,6 +122,7 @@ def _attest(root: Path, old: Path, notebook: Path, ref: str) -> None:
     smoke = hashlib.sha256(b"".join(ours[name] for name in SAME)).hexdigest()
     links = [*attested(root, notebook), {"old": before, "new": now, "smoke": smoke}]
     write_json(attested_path(root, notebook), {"links": links})
+    _carry_builds(root, old, notebook, ref)
     _tell_dvc(root, notebook)
 
 
@@ -157,6 +167,19 @@ def _smoke(root: Path, path: Path) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as scratch:
         execute(notebook, executed, "smoke", {}, Path(scratch), timeout=600)
         return {name: (Path(scratch) / name).read_bytes() for name in SAME}
+
+
+def _carry_builds(root: Path, old: Path, notebook: Path, ref: str) -> None:
+    """Carry over the backbones of a paper whose smoke builds, both made just now, are the same."""
+    needs = load_record(notebook.with_suffix(".yaml")).needs.backbones
+    below = [other for name in needs for other in find_backbone(name).backbones]
+    done = _in(old, ["-c", _PRINT_RECIPES])
+    if done.returncode:
+        return  # older than recipes: they are built again
+    recipes, profile = json.loads(done.stdout), load_params(root)["profile"]
+    for name in dict.fromkeys([*below, *needs]):
+        if name in recipes and carry_over(name, profile, recipes[name]):
+            print(f"backbone '{name}': carried over; its smoke build is the same as at {ref}")
 
 
 def _tell_dvc(root: Path, notebook: Path) -> None:
