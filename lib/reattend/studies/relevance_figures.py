@@ -17,7 +17,7 @@ from reattend.plots import BASELINE, COLOURS
 # Colour and dashes of each map.
 LINES = {
     "SR": (COLOURS[0], "-"), "LRP": (COLOURS[1], "-"), "blur": (COLOURS[1], "--"),
-    "SR, z⁺": (COLOURS[9], "-"), "LRP, z⁺": (COLOURS[2], "-"), "blur, z⁺": (COLOURS[2], "--"),
+    "SR, z+": (COLOURS[9], "-"), "LRP, z+": (COLOURS[2], "-"), "blur, z+": (COLOURS[2], "--"),
     "image saliency": (COLOURS[3], "-"), "Grad-CAM": (COLOURS[4], "-"), "gradient x input": (COLOURS[5], "-"),
     "random": (BASELINE, ":"), "object in use": ("black", ":"),
 }  # fmt: skip
