@@ -1,5 +1,6 @@
 """The training loop, against optimisers stepped by hand."""
 
+import dataclasses
 import itertools
 import math
 
@@ -8,7 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reattend.training.loop import BestCheckpoint, TrainingDiverged, TrainingPlan, train
+from reattend.training.loop import (
+    BestCheckpoint,
+    TrainingDiverged,
+    TrainingPlan,
+    decay_matrices,
+    train,
+)
 
 
 def linear(seed=0, outputs=2):
@@ -33,6 +40,57 @@ def test_the_rate_rises_and_falls_along_a_cosine():
     assert rates[:3] == [0.25, 0.5, 0.5]
     assert rates[7] == pytest.approx(0.25)
     assert rates[11] == pytest.approx(0.25 * (1 + math.cos(0.9 * math.pi)))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0.25, 0.5, 0.5, 0.5, 0.5]),
+        ("linear", [0.25, 0.5, 0.1 + 0.4 * 0.9, 0.1 + 0.4 * 0.5, 0.1 + 0.4 * 0.1]),
+        ("cosine", [0.25, 0.5, *(0.1 + 0.2 * (1 + math.cos(math.pi * k / 10)) for k in (1, 5, 9))]),
+    ],
+)
+def test_a_schedule_ends_at_its_floor(schedule, rates):
+    plan = TrainingPlan(12, 0.5, warmup=2, schedule=schedule, floor=0.2)
+    assert [plan.rate(step) for step in (0, 2, 3, 7, 11)] == pytest.approx(rates)
+
+
+def test_groups_have_their_own_decay_and_rate():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.tokens = nn.Embedding(3, 4)
+            self.norm = nn.LayerNorm(4)
+            self.map = nn.Linear(4, 2)
+            self.tied = nn.Linear(4, 3, bias=False)
+            self.tied.weight = self.tokens.weight
+
+    model = Model()
+    decayed, rest = decay_matrices(model)
+    assert [id(p) for p in decayed["params"]] == [id(model.map.weight)]
+    assert len(rest["params"]) == 4
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def groups(model):
+        first, second = decay_matrices(model)
+        return [first | {"rate": 0.5}, second]
+
+    plan = TrainingPlan(1, 0.1, weight_decay=0.3, schedule="constant")
+    still = lambda model, batch: 0 * sum(p.sum() for p in model.parameters())  # noqa: E731
+    train(model, [None], still, plan, groups=groups)
+    for name, p in model.named_parameters():
+        share = 1 - 0.5 * 0.1 * 0.3 if name == "map.weight" else 1.0
+        torch.testing.assert_close(p.detach(), share * before[name])
+
+
+def test_the_fused_kernel_is_the_same_optimiser():
+    plan = TrainingPlan(steps=9, learning_rate=0.03, weight_decay=0.2)
+    models = [linear(1), linear(1)]
+    for model, fused in zip(models, (None, True), strict=True):
+        train(model, batches(1), square_error, dataclasses.replace(plan, fused=fused))
+    for one, other in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -7,8 +7,10 @@ from torch.nn import functional as F
 
 from reattend.trunks.language import (
     FeedForward,
+    GatedFeedForward,
     Trunk,
     labelled_loss,
+    norm_layer,
     parameter_count,
     sinusoids,
 )
@@ -158,3 +160,33 @@ def test_dropout_is_only_for_training():
     assert not torch.equal(model(tokens()), model(tokens()))
     model.eval()
     assert torch.equal(model(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize(("norm", "parameters"), [("layer", 2), ("rms", 1), ("simple_rms", 0)])
+def test_norms_by_name(norm, parameters):
+    layer = norm_layer(norm, 6)
+    x = 3 + 2 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    centred = x - x.mean(-1, keepdim=True) if norm == "layer" else x
+    expected = centred / centred.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert len(list(layer.parameters())) == parameters
+    model = Trunk(11, 6, [RunningMean], feed_forward=FeedForward, norm=norm)
+    assert {type(m) for m in model.modules() if "Norm" in type(m).__name__} == {type(layer)}
+
+
+def test_an_unknown_norm_is_refused():
+    with pytest.raises(ValueError, match="unknown norm 'batch'; there are: layer, rms, simple_rms"):
+        norm_layer("batch", 4)
+
+
+@pytest.mark.parametrize("activation", [F.silu, nn.Identity()])
+def test_a_gated_feed_forward_multiplies_two_maps(activation):
+    torch.manual_seed(0)
+    module = GatedFeedForward(6, 4, activation).double()
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    gate, up, down = (m.weight for m in (module.gate, module.up, module.down))
+    torch.testing.assert_close(module(x), (activation(x @ gate.T) * (x @ up.T)) @ down.T)
+    assert parameter_count(module) == 3 * 6 * 4
+    assert (
+        parameter_count(GatedFeedForward(6, 16)) == 2 * 6 * 24
+    )  # as many as FeedForward's matrices

@@ -1,9 +1,9 @@
-"""One training loop: AdamW, warm-up and cosine schedule, clipping, early stop, no silent NaN."""
+"""One training loop: AdamW, warm-up and a schedule, clipping, early stop, no silent NaN."""
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What the optimiser does. The learning rate falls along a cosine to zero after `warmup` steps.
+    """What the optimiser does.
 
-    `clip` bounds the gradient norm; `warmup` and `steps` count optimiser steps.
+    After `warmup` steps the learning rate falls along a cosine or a line to the share `floor` of its peak,
+    or stays constant. `clip` bounds the gradient norm; `warmup` and `steps` count optimiser steps.
+    `fused`: one kernel for all of AdamW; None: on CUDA alone (on a CPU it is faster and rounds otherwise).
     """
 
     steps: int
@@ -29,13 +31,20 @@ class TrainingPlan:
     warmup: int = 0
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    floor: float = 0.0
+    fused: bool | None = None
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0 .. steps - 1."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        if self.schedule == "cosine":
+            height = 0.5 * (1 + math.cos(math.pi * progress))
+        else:
+            height = 1 - progress if self.schedule == "linear" else 1.0
+        return self.learning_rate * (self.floor + (1 - self.floor) * height)
 
 
 @dataclass
@@ -49,6 +58,23 @@ class TrainingLog:
     @property
     def steps(self) -> int:
         return len(self.losses)
+
+
+def decay_matrices(model: nn.Module) -> list[dict]:
+    """Parameter groups for `train`: weight decay for the weights of linear layers and convolutions alone.
+
+    None for gains, biases, embeddings and whatever else is no map from channels to channels.
+    """
+    maps = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    decayed = {id(m.weight) for m in maps} - {
+        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rest = [p for p in trained if id(p) not in decayed]
+    return [
+        {"params": [p for p in trained if id(p) in decayed]},
+        {"params": rest, "weight_decay": 0.0},
+    ]
 
 
 def origin_of_divergence(model: nn.Module, loss: Loss, batch: Any) -> str:
@@ -84,21 +110,25 @@ def train(
     stop: Callable[[nn.Module], bool] | None = None,
     check_every: int = 50,
     after_step: Callable[[int], None] = lambda step: None,
+    groups: Callable[[nn.Module], list[dict]] = lambda model: [{"params": model.parameters()}],
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> TrainingLog:
     """Train `model` in place on the first `plan.steps` of `batches`; leave it in evaluation mode.
 
     `stop(model)` is asked every `check_every` steps, in evaluation mode; True ends the training.
     `after_step(step)` is called after each update, for instance to average weights or to measure.
+    `groups(model)` are AdamW's parameter groups (for instance `decay_matrices`); the entry `rate` of one
+    multiplies its learning rate.
     `progress` wraps the loop over steps (for instance `rep.progress`).
     Raises TrainingDiverged, and ValueError when the batches run out.
     """
     optimiser = torch.optim.AdamW(
-        model.parameters(),
+        groups(model),
         lr=plan.rate(0),
         betas=plan.betas,
         weight_decay=plan.weight_decay,
-        fused=True if next(model.parameters()).is_cuda else None,  # small models wait for launches
+        # On CUDA small models wait for launches.
+        fused=True if plan.fused is None and next(model.parameters()).is_cuda else plan.fused,
     )
     log, source = TrainingLog(), iter(batches)
     model.train()
@@ -108,7 +138,7 @@ def train(
         except StopIteration:
             raise ValueError(f"batches ran out at step {step} of {plan.steps}") from None
         for group in optimiser.param_groups:
-            group["lr"] = plan.rate(step)
+            group["lr"] = plan.rate(step) * group.get("rate", 1.0)
         optimiser.zero_grad()
         value = loss(model, batch)
         number = value.item()

@@ -5,16 +5,20 @@ method `state_size(length)`: how many numbers it must remember to continue a tex
 Optional:
 
 * `reads_tokens = True`: the mixer is called as `mixer(x, tokens)`;
+* `reads_embeddings = True`: it is called with the keyword `embeddings`, the states before the first layer;
 * `auxiliary_loss`: set in each training forward pass, summed by `Trunk.auxiliary_loss`;
 * a keyword `cache`: a dictionary that starts empty and that the mixer fills with what it must remember;
   called again with it, the mixer continues the text (keys and values of attention, the state of a
   recurrence).
+
+A mixer around another mixer is a `MixerWrapper`, which hands all of this on.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +27,25 @@ from torch.nn import functional as F
 
 ModuleFactory = Callable[[int], nn.Module]
 """Called with the width of the trunk; returns a mixer or a feed-forward module."""
+
+Norm = Literal["layer", "rms", "simple_rms"]
+"""LayerNorm; RMSNorm (arXiv 1910.07467); RMSNorm without a gain (SRMSNorm of arXiv 2307.14995)."""
+
+
+def norm_layer(norm: str, width: int) -> nn.Module:
+    """A normalisation over the last `width` numbers, by its name in `Norm`.
+
+    Raises:
+        ValueError: for an unknown name; lists the known ones.
+    """
+    layers = {
+        "layer": lambda: nn.LayerNorm(width),
+        "rms": lambda: nn.RMSNorm(width, eps=1e-6),
+        "simple_rms": lambda: nn.RMSNorm(width, eps=1e-6, elementwise_affine=False),
+    }
+    if norm not in layers:
+        raise ValueError(f"unknown norm '{norm}'; there are: {', '.join(layers)}")
+    return layers[norm]()
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -75,6 +98,79 @@ class FeedForward(nn.Module):
         return self.narrow(F.gelu(self.widen(x)))
 
 
+class GatedFeedForward(nn.Module):
+    """(activation(gate x) * up x) down, without biases (arXiv 2002.05202).
+
+    Args:
+        hidden: width between; at 2 / 3 of a `FeedForward`'s it has as many parameters.
+        activation: of the gate: `F.silu` is SwiGLU, `nn.Identity()` the bilinear form.
+    """
+
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor] = F.silu):
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.activation = activation
+
+    def forward(
+        self, x: Float[Tensor, "batch length width"]
+    ) -> Float[Tensor, "batch length width"]:
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class MixerWrapper(nn.Module):
+    """A mixer around the mixer `self.mixer`: asks for what that one asks for and offers what it offers.
+
+    A subclass changes what goes in or comes out in its own `forward`, and calls `inner`.
+    """
+
+    def __init__(self, mixer: nn.Module):
+        super().__init__()
+        self.mixer = mixer
+
+    @property
+    def reads_tokens(self) -> bool:
+        return getattr(self.mixer, "reads_tokens", False)
+
+    @property
+    def reads_embeddings(self) -> bool:
+        return getattr(self.mixer, "reads_embeddings", False)
+
+    @property
+    def auxiliary_loss(self) -> Tensor:
+        """The inner mixer's; AttributeError where it has none."""
+        return self.mixer.auxiliary_loss
+
+    def inner(
+        self, x: Float[Tensor, "batch length width"], *read: Tensor, cache: dict | None, **more: Any
+    ) -> Float[Tensor, "batch length width"]:
+        """The inner mixer, with a cache of its own inside `cache`."""
+        if cache is not None:
+            more["cache"] = cache.setdefault("mixer", {})
+        return self.mixer(x, *read, **more)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length width"],
+        *read: Tensor,
+        cache: dict | None = None,
+        **more: Any,
+    ) -> Float[Tensor, "batch length width"]:
+        return self.inner(x, *read, cache=cache, **more)
+
+    def state_size(self, length: int) -> int:
+        """The inner mixer's."""
+        return self.mixer.state_size(length)
+
+
+def innermost(mixer: nn.Module) -> nn.Module:
+    """The mixer inside all its wrappers."""
+    while isinstance(mixer, MixerWrapper):
+        mixer = mixer.mixer
+    return mixer
+
+
 @dataclass
 class TrunkCache:
     """What each layer's mixer remembers of the text so far, and how long it is in tokens."""
@@ -84,38 +180,46 @@ class TrunkCache:
 
 
 class Block(nn.Module):
-    """Pre-norm residual layer: x + mixer(LN(x)), then, if asked for, x + feed_forward(LN(x))."""
+    """Pre-norm residual layer: x + mixer(norm(x)), then, if asked for, x + feed_forward(norm(x)).
 
-    def __init__(self, width: int, mixer: nn.Module, feed_forward: nn.Module | None):
+    `tokens` and `embeddings` are for mixers that read them; None where there are none, as in vision.
+    """
+
+    def __init__(
+        self, width: int, mixer: nn.Module, feed_forward: nn.Module | None, norm: Norm = "layer"
+    ):
         super().__init__()
-        self.mixer_norm = nn.LayerNorm(width)
+        self.mixer_norm = norm_layer(norm, width)
         self.mixer = mixer
-        self.feed_forward_norm = None if feed_forward is None else nn.LayerNorm(width)
+        self.feed_forward_norm = None if feed_forward is None else norm_layer(norm, width)
         self.feed_forward = feed_forward
 
     def forward(
         self,
         x: Float[Tensor, "batch length width"],
-        tokens: Int[Tensor, "batch length"],
+        tokens: Int[Tensor, "batch length"] | None = None,
         cache: dict | None = None,
+        embeddings: Float[Tensor, "batch length width"] | None = None,
     ) -> Float[Tensor, "batch length width"]:
         read = (tokens,) if getattr(self.mixer, "reads_tokens", False) else ()
-        remembered = {} if cache is None else {"cache": cache}
-        x = x + self.mixer(self.mixer_norm(x), *read, **remembered)
+        more = {} if cache is None else {"cache": cache}
+        if getattr(self.mixer, "reads_embeddings", False):
+            more["embeddings"] = embeddings
+        x = x + self.mixer(self.mixer_norm(x), *read, **more)
         if self.feed_forward is not None:
             x = x + self.feed_forward(self.feed_forward_norm(x))
         return x
 
 
 class Trunk(nn.Module):
-    """Token embedding, residual layers, final LayerNorm, head.
+    """Token embedding, residual layers, final norm, head.
 
     The head is the token embedding (`tied`), or a matrix of its own.
     `mixers` holds one factory per layer, so a hybrid is a list of different factories.
     `positions` is the longest length with a learned absolute position; None: no positions. They start
     as sinusoids of half the tokens' standard deviation, `embedding_std`.
     `feed_forward=lambda width: nn.Identity()` gives the published Zoology stack, whose second
-    half-layer adds LN(x) to x; None leaves the second half-layer out.
+    half-layer adds LN(x) to x; None leaves the second half-layer out. `norm` is the kind of all norms.
     """
 
     def __init__(
@@ -129,6 +233,7 @@ class Trunk(nn.Module):
         dropout: float = 0.0,
         embedding_std: float = 0.02,
         tied: bool = True,
+        norm: Norm = "layer",
     ):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
@@ -139,10 +244,10 @@ class Trunk(nn.Module):
             self.positions = nn.Embedding(positions, width, _weight=start)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(width, mixer(width), None if feed_forward is None else feed_forward(width))
+            Block(width, mixer(width), None if feed_forward is None else feed_forward(width), norm)
             for mixer in mixers
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = norm_layer(norm, width)
         self.head = self.tokens
         if not tied:
             self.head = nn.Embedding(vocabulary, width)
@@ -154,9 +259,24 @@ class Trunk(nn.Module):
         Raises ValueError when a mixer has no cached form.
         """
         for block in self.blocks:
-            if "cache" not in inspect.signature(block.mixer.forward).parameters:
-                raise ValueError(f"{type(block.mixer).__name__} has no cached form")
+            mixer = innermost(block.mixer)
+            if "cache" not in inspect.signature(mixer.forward).parameters:
+                raise ValueError(f"{type(mixer).__name__} has no cached form")
         return TrunkCache([{} for _ in self.blocks])
+
+    def embed(
+        self, tokens: Int[Tensor, "batch length"], start: int = 0
+    ) -> Float[Tensor, "batch length width"]:
+        """States before the first layer, of a text whose first token here stands at place `start`.
+
+        Raises ValueError when the text is longer than the learned positions.
+        """
+        x, end = self.tokens(tokens), start + tokens.shape[1]
+        if self.positions is not None:
+            if end > self.positions.num_embeddings:
+                raise ValueError(f"{end} tokens, but positions for {self.positions.num_embeddings}")
+            x = x + self.positions.weight[start:end]
+        return self.dropout(x)
 
     def hidden(
         self, tokens: Int[Tensor, "batch length"], cache: TrunkCache | None = None
@@ -165,19 +285,11 @@ class Trunk(nn.Module):
 
         Raises ValueError when the text is longer than the learned positions.
         """
-        x = self.tokens(tokens)
-        start, length = (0 if cache is None else cache.length), tokens.shape[1]
-        if self.positions is not None:
-            if start + length > self.positions.num_embeddings:
-                raise ValueError(
-                    f"{start + length} tokens, but positions for {self.positions.num_embeddings}"
-                )
-            x = x + self.positions.weight[start : start + length]
-        x = self.dropout(x)
+        x = embeddings = self.embed(tokens, 0 if cache is None else cache.length)
         for layer, block in enumerate(self.blocks):
-            x = block(x, tokens, None if cache is None else cache.layers[layer])
+            x = block(x, tokens, None if cache is None else cache.layers[layer], embeddings)
         if cache is not None:
-            cache.length += length
+            cache.length += tokens.shape[1]
         return self.norm(x)
 
     def logits(self, hidden: Float[Tensor, "*places width"]) -> Float[Tensor, "*places vocabulary"]:
