@@ -70,6 +70,13 @@ METHODS = {
         "Wang et al., ICLR 2026, arXiv 2509.24745",
         "groups must divide the number of key heads",
     ),
+    "moa": Registered(
+        f"{_PAPERS}.moa:MoA",
+        "prefill",
+        "sinks and a window of its own for each head, in the prompt and behind it",
+        "Fu et al., 2024, arXiv 2406.14909",
+        "a plan made for the model (`reattend.long_context.moa.Plan`), or its json file",
+    ),
     "streaming_llm": Registered(
         f"{_BASELINES}.streaming_llm:StreamingLLM",
         "prefill",
