@@ -116,7 +116,7 @@ def draw_arms(
     return fig
 
 
-def draw_context(rows: pd.DataFrame, windows: Mapping[int, float], reached: float) -> Figure:
+def draw_context(rows: pd.DataFrame, windows: Mapping[int, float]) -> Figure:
     """NLL of the answers by the distance of the needle, one panel a length.
 
     Args:
