@@ -59,7 +59,14 @@ def planner(**other):
 
 @pytest.fixture(scope="module")
 def calibration(model, haystack):
-    settings = {"texts": 2, "validation": 400, "held_out": 2, "seed": 1, "distractors": 1}
+    settings = {
+        "texts": 2,
+        "validation": 400,
+        "held_out": 2,
+        "seed": 1,
+        "distractors": 1,
+        "latest": 0.45,
+    }
     return calibrate(model, haystack, planner(), **settings)
 
 
@@ -71,7 +78,7 @@ def text_of(tokens):
 
 
 def test_answered_prompts_end_with_what_is_asked(haystack):
-    for item in answered_prompts(haystack, 256, 3, seed=0, distractors=1):
+    for item in answered_prompts(haystack, 256, 3, seed=0, distractors=1, latest=0.45):
         text, response = text_of(item.tokens), text_of(item.tokens[item.scored])
         assert len(text) == 256
         assert text.endswith(f"is{response}")
@@ -148,7 +155,7 @@ def test_random_plans_have_one_density(model):
 
 def test_profiles_are_those_of_their_texts(model, haystack, calibration):
     for kind, texts in (
-        ("answers", answered_prompts(haystack, 256, 2, 1, 1)),
+        ("answers", answered_prompts(haystack, 256, 2, 1, 1, 0.45)),
         ("prose", prose(haystack, 256, 2, 1)),
     ):
         (expected,) = profile_influence(model, texts, block_size=SIZE)
@@ -182,7 +189,7 @@ def full(model):
 
 
 def test_true_loss_is_the_cross_entropy_of_the_scored_tokens(model, haystack):
-    (item,) = answered_prompts(haystack, 256, 1, seed=0, distractors=1)
+    (item,) = answered_prompts(haystack, 256, 1, seed=0, distractors=1, latest=0.45)
     with torch.no_grad():
         logits = model(item.tokens[None]).logits[0, :-1]
     expected = F.cross_entropy(logits[item.scored[1:]], item.tokens[1:][item.scored[1:]]).item()
@@ -192,23 +199,28 @@ def test_true_loss_is_the_cross_entropy_of_the_scored_tokens(model, haystack):
     assert abs(true_loss(model, item, narrow) - expected) > 1e-3
 
 
-def test_the_answer_is_read_under_the_plan_too(model, haystack):
-    """One pass over prompt and answer under the prompt's spans; not masked for the prompt alone."""
+def test_prompt_and_answer_are_read_under_the_plan(model, haystack):
+    """As the prompt in one pass and the answer behind its cache; not as the prompt alone under it."""
     sample = early_needles(haystack, 300, 1, 0, 1, 0.45)[0]
     plan = planner().uniform(model, 0.25)
-    method = MoA(plan=plan, length=300)
-    text = torch.tensor([[*sample.prompt, *sample.answer]])
-    with torch.no_grad(), attach(model, method):
-        logits = model(text).logits[0, 299:-1].log_softmax(-1)
-    found = read(model, sample, plan).log_probabilities
-    torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
-    dense_behind = answer(model, sample, attach(model, method)).log_probabilities
-    assert (dense_behind - found).abs().max() > 1e-3
-    dense = answer(model, sample, nullcontext()).log_probabilities
-    for same in (None, full(model)):
+    found, method = read(model, sample, plan), MoA(plan=plan, length=300)
+    with attach(model, method):
+        expected = answer(model, sample, nullcontext())
+    for ours, theirs in (
+        (found, expected),
+        (read(model, sample, None), answer(model, sample, nullcontext())),
+    ):
         torch.testing.assert_close(
-            read(model, sample, same).log_probabilities, dense, atol=1e-4, rtol=1e-4
+            ours.log_probabilities, theirs.log_probabilities, atol=1e-4, rtol=1e-4
         )
+        assert ours.tokens.tolist() == theirs.tokens.tolist() == list(sample.answer)
+        assert ours.prose_nll == pytest.approx(theirs.prose_nll, abs=1e-4)
+    dense_behind = answer(model, sample, attach(model, method)).log_probabilities
+    assert (dense_behind - found.log_probabilities).abs().max() > 1e-3
+    whole = read(model, sample, full(model)).log_probabilities
+    torch.testing.assert_close(
+        whole, read(model, sample, None).log_probabilities, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_items_are_one_length(model):

@@ -28,7 +28,7 @@ from reattend.long_context.moa import (
     pareto_choices,
     profile_influence,
 )
-from reattend.studies.long_context import Answered, answer
+from reattend.studies.long_context import Answered
 
 TASK = "magic_numbers"
 
@@ -37,11 +37,11 @@ TASK = "magic_numbers"
 
 
 def answered_prompts(
-    haystack: Haystack, length: int, count: int, seed: int, distractors: int
+    haystack: Haystack, length: int, count: int, seed: int, distractors: int, latest: float
 ) -> list[Item]:
-    """Prompts with their answers behind them, `length` tokens together; the answers are scored."""
+    """Prompts of `early_needles` with their answers behind them, `length` tokens together; the answers are scored."""
     behind = len(haystack.encode(" 12345"))  # all answers are five digits
-    found = needle_samples(haystack, TASK, length - behind, count, seed, distractors)
+    found = early_needles(haystack, length - behind, count, seed, distractors, latest)
     scored = torch.arange(length) >= length - behind
     return [Item(torch.tensor([*sample.prompt, *sample.answer]), scored) for sample in found]
 
@@ -159,12 +159,13 @@ def calibrate(
     held_out: int,
     seed: int,
     distractors: int,
+    latest: float,
 ) -> Calibration:
     """Profiles on `texts` texts of every length and kind, and `held_out` texts of the length `validation`."""
 
     def drawn(length: int, count: int, seed: int) -> dict[str, list[Item]]:
         return {
-            "answers": answered_prompts(haystack, length, count, seed, distractors),
+            "answers": answered_prompts(haystack, length, count, seed, distractors, latest),
             "prose": prose(haystack, length, count, seed),
         }
 
@@ -224,12 +225,20 @@ def random_plans(
 # True losses
 
 
+@torch.inference_mode()
 def read(model: nn.Module, sample: NeedleSample, plan: Plan | None) -> Answered:
-    """A prompt read and its answer given under one plan; None: densely."""
-    if plan is None:
-        return answer(model, sample, nullcontext())
-    with attach(model, MoA(plan=plan, length=len(sample.prompt))):
-        return answer(model, sample, nullcontext())
+    """A prompt and its given answer read in one pass under a plan, with the prompt's spans; None: densely."""
+    text = torch.tensor([*sample.prompt, *sample.answer], device=model.device)
+    late = torch.tensor(sample.late_prose(), device=model.device)
+    scored = torch.tensor(sample.scored, device=model.device)
+    length = len(sample.prompt)
+    answer = torch.arange(length, len(text), device=model.device)
+    asked = torch.cat([late, answer])
+    with nullcontext() if plan is None else attach(model, MoA(plan=plan, length=length)):
+        # A token is predicted one position before it.
+        logits = model(text[None, :-1], logits_to_keep=asked - 1, use_cache=False).logits[0].float()
+    prose_nll = F.cross_entropy(logits[: len(late)], text[late]).item()
+    return Answered(logits[len(late) :].log_softmax(-1)[scored], text[answer][scored], prose_nll)
 
 
 @torch.inference_mode()
