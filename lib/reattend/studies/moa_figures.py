@@ -16,6 +16,11 @@ from reattend.long_context.moa import Plan
 from reattend.plots import BASELINE, COLOURS, REPORTED, mean_point
 
 
+def _colour(arm: str) -> str:
+    """The method in the first colour, what it is compared with in grey, its variants in the second."""
+    return {"MoA": COLOURS[0], "dense": BASELINE, "uniform": BASELINE}.get(arm, COLOURS[1])
+
+
 def draw_example(
     influence: Float[Tensor, "heads blocks blocks"],
     masks: Bool[Tensor, "heads blocks blocks"],
@@ -67,15 +72,15 @@ def draw_densities(results: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     """
     fig, axes = plt.subplots(1, len(metrics), figsize=(10.5, 3.8))
     for axis, metric in zip(axes, metrics, strict=True):
-        for number, (arm, part) in enumerate(results.groupby("arm", sort=False)):
-            colour = BASELINE if arm == "uniform" else COLOURS[number]
+        for arm, part in results.groupby("arm", sort=False):
+            colour, aside = _colour(arm), 0.005 * (arm != "MoA")
             by_item = part.groupby(["density", "item"])[metric].mean()
             densities = sorted(part.density.unique())
             found = [mean(by_item[d].to_numpy()) for d in densities]
             y = np.array([f.effect for f in found])
             error = [y - [f.low for f in found], [f.high for f in found] - y]
             axis.errorbar(
-                densities,
+                np.array(densities) + aside,
                 y,
                 np.nan_to_num(error),
                 color=colour,
@@ -84,7 +89,7 @@ def draw_densities(results: pd.DataFrame, metrics: Sequence[str]) -> Figure:
                 capsize=2,
                 label=arm,
             )
-            axis.plot(part.density, part[metric], ".", color=colour, ms=3, alpha=0.35)
+            axis.plot(part.density + aside, part[metric], ".", color=colour, ms=3, alpha=0.35)
         axis.axhline(0, color="black", lw=0.8)
         axis.set(
             xlabel="density of the cache, sinks included", ylabel=f"{metric} above dense, nats"
@@ -105,13 +110,13 @@ def draw_arms(
     fig, axes = plt.subplots(1, len(panels), figsize=(12, 3.6))
     for axis, (title, arms) in zip(axes, panels.items(), strict=True):
         for place, (arm, values) in enumerate(arms.items()):
-            mean_point(axis, values, place, BASELINE if arm in ("dense", "uniform") else COLOURS[0])
+            mean_point(axis, values, place, _colour(arm))
             known = reported[title].get(arm)
             if known is not None:
                 axis.text(1.0, place - 0.28, f"paper: {known:g}", transform=axis.get_yaxis_transform(),
                           ha="right", fontsize=8, color="#555555")  # fmt: skip
         axis.set_yticks(range(len(arms)), list(arms))
-        axis.invert_yaxis()
+        axis.set_ylim(len(arms) - 0.5, -0.7)
         axis.set(title=title, xlabel="NLL of the answers, nats")
     return fig
 
@@ -127,10 +132,11 @@ def draw_context(rows: pd.DataFrame, windows: Mapping[int, float]) -> Figure:
     fig, axes = plt.subplots(1, len(lengths), figsize=(10, 3.6), sharey=True)
     for axis, length in zip(np.atleast_1d(axes), lengths, strict=True):
         here = rows[rows.length == length]
-        for number, (arm, part) in enumerate(here.groupby("arm", sort=False)):
-            ordered = part.sort_values("distance")
-            colour = {"dense": "black", "uniform": BASELINE}.get(arm, COLOURS[number])
-            axis.plot(ordered.distance, ordered.loss, "o-", ms=4, lw=1, color=colour, label=arm)
+        for arm, part in here.groupby("arm", sort=False):
+            ordered, style = part.sort_values("distance"), "o:" if arm == "dense" else "o-"
+            axis.plot(
+                ordered.distance, ordered.loss, style, ms=4, lw=1, color=_colour(arm), label=arm
+            )
         axis.axvline(windows[length], color=REPORTED, ls="--", lw=1)
         axis.set(title=f"{length} tokens", xlabel="tokens from the asked needle to the question")
     np.atleast_1d(axes)[0].set_ylabel("NLL of the answer, nats")
@@ -138,11 +144,16 @@ def draw_context(rows: pd.DataFrame, windows: Mapping[int, float]) -> Figure:
     return fig
 
 
-def draw_proxy(panels: Mapping[str, tuple[Sequence[float], Sequence[float], float]]) -> Figure:
-    """Predicted against true rise of the loss: (predicted, true, rank correlation) by panel."""
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4))
-    for axis, (title, (predicted, true, rank)) in zip(axes, panels.items(), strict=True):
-        axis.plot(predicted, true, "o", color=COLOURS[0], ms=5, alpha=0.8)
-        axis.set(xlabel="predicted rise, sum of |E|", ylabel="true rise, nats")
-        axis.set_title(f"{title}\nSpearman {rank:.2f}", fontsize=9)
+def draw_proxy(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float], float]]],
+) -> Figure:
+    """Predicted against true rise of the loss: title -> variant -> (predicted, true, rank correlation)."""
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6))
+    for axis, (title, variants) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        for number, (name, (predicted, true, rank)) in enumerate(variants.items()):
+            label = f"{name}: Spearman {rank:.2f}"
+            face = "none" if number else COLOURS[0]
+            axis.plot(predicted, true, "o", color=COLOURS[number], mfc=face, ms=6, label=label)
+        axis.set(title=title, xlabel="predicted rise, sum of |E|", ylabel="true rise, nats")
+        axis.legend(fontsize=8)
     return fig
