@@ -1,6 +1,7 @@
 """Oracles of MoA."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -410,6 +411,15 @@ def test_plans_of_the_front_are_of_the_true_front(seed):
         better = (costs <= cost + 1e-9).all(axis=1) & (costs < cost - 1e-9).any(axis=1)
         assert not better.any()
     assert len({tuple(np.round(cost, 9)) for cost in found}) == len(found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plan_has_its_least_density_also_where_less_would_cost_less(seed):
+    made = problem(seed, layers=2, least=0.8)
+    made = replace(made, costs=made.costs[..., ::-1].copy())
+    choice = made.solve(0, [None])
+    assert made.cost(choice)[0] == pytest.approx(min(made.cost(c)[0] for c in allowed(made)))
+    assert made.densities[:, choice].mean(axis=(1, 2)).min() >= 0.48 - 1e-9
 
 
 def test_bounds_that_no_plan_keeps():
