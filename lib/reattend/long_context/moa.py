@@ -9,7 +9,7 @@ Every head follows a rule S(N) = alpha + beta N. Which rule, is decided once for
 2. a rule costs what it masks, and a mixed-integer program picks one for each head, at a mean density;
 3. of its plans on the Pareto front over lengths the one of least true loss is taken.
 
-    profile = profile_influence(model, items, block_size=64)        # one a length
+    (profile,) = profile_influence(model, items, block_size=64)     # at one length
     costs = profile.costs(windows)                                  # [layers, heads, rules]
     plan = Plan.of(rules, pareto_choices(Problem(...))[0], block_size=64)
     with attach(model, "moa", plan=plan): ...
@@ -478,42 +478,13 @@ class Problem:
         """
         if self.rules_per_layer == 1:
             return self._one_a_layer().solve(objective, bounds).repeat(self.costs.shape[2], axis=1)
-        _, layers, heads, rules = self.costs.shape
-        units, held = layers * heads, layers * rules
-        free = heads <= self.rules_per_layer  # then no layer can hold too many
-        constraints = [
-            _constraint(
-                sparse.kron(sparse.eye(units), np.ones((1, rules))), 0 if free else held, 1, 1
-            ),
-            _constraint(
-                sparse.kron(np.ones((1, units)) / units, self.densities),
-                0 if free else held,
-                self.least * self.density,
-                self.density,
-            ),
-        ]
-        rows = [n for n, bound in enumerate(bounds) if bound is not None]
-        if rows:
-            matrix = self.costs[rows].reshape(len(rows), -1)
-            high = np.array([bounds[n] for n in rows])
-            constraints.append(_constraint(matrix, 0 if free else held, -np.inf, high))
-        cost = self.costs[objective].ravel()
-        if not free:
-            # A layer holds a rule where one of its units follows it.
-            owner = sparse.kron(
-                sparse.eye(layers), sparse.kron(np.ones((heads, 1)), sparse.eye(rules))
-            )
-            follows = sparse.hstack([sparse.eye(units * rules), -owner])
-            counted = sparse.kron(sparse.eye(layers), np.ones((1, rules)))
-            counted = sparse.hstack([sparse.csr_array((layers, units * rules)), counted])
-            constraints.append(LinearConstraint(follows, -np.inf, 0))
-            constraints.append(LinearConstraint(counted, -np.inf, self.rules_per_layer))
-            cost = np.concatenate([cost, np.zeros(held)])
-        # Scaled: the solver's tolerances are absolute.
+        constraints, own = self._constraints(bounds), self.costs[objective].ravel()
+        cost = np.zeros(constraints[0].A.shape[1])
+        cost[: own.size] = own / own.max()  # the solver's tolerances are absolute
         found = milp(
-            cost / self.costs[objective].max(),
+            cost,
             constraints=constraints,
-            integrality=np.ones(len(cost)),
+            integrality=np.ones_like(cost),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": self.gap},
         )
@@ -522,22 +493,48 @@ class Problem:
                 f"no plan has a density of {self.least * self.density:.3f} to {self.density:.3f} within "
                 f"these bounds ({found.message}): allow more rules, or a lower least density"
             )
-        return found.x[: units * rules].reshape(layers, heads, rules).argmax(axis=-1)
+        return found.x[: own.size].reshape(self.costs.shape[1:]).argmax(axis=-1)
 
     def cost(self, choice: Int[np.ndarray, "layers heads"]) -> Float[np.ndarray, " objectives"]:
         """The cost of a choice, for each objective."""
         return np.take_along_axis(self.costs, choice[None, ..., None], axis=-1).sum(axis=(1, 2, 3))
 
+    def _constraints(self, bounds: Sequence[float | None]) -> list[LinearConstraint]:
+        """One rule a unit, the density, bounds on the costs, few rules in a layer."""
+        _, layers, heads, rules = self.costs.shape
+        units = layers * heads
+        rows = [
+            (sparse.kron(sparse.eye(units), np.ones((1, rules))), 1, 1),
+            (
+                sparse.kron(np.ones((1, units)) / units, self.densities),
+                self.least * self.density,
+                self.density,
+            ),
+        ]
+        rows += [
+            (cost.reshape(1, -1), -np.inf, bound)
+            for cost, bound in zip(self.costs, bounds, strict=True)
+            if bound is not None
+        ]
+        if heads > self.rules_per_layer:
+            # More variables behind the choices: a layer holds a rule where one of its units follows it.
+            held = layers * rules
+            rows = [
+                (sparse.hstack([matrix, sparse.csr_array((matrix.shape[0], held))]), low, high)
+                for matrix, low, high in rows
+            ]
+            owner = sparse.kron(np.ones((heads, 1)), sparse.eye(rules))
+            follows = [sparse.eye(units * rules), -sparse.kron(sparse.eye(layers), owner)]
+            counted = [
+                sparse.csr_array((layers, units * rules)),
+                sparse.kron(sparse.eye(layers), np.ones((1, rules))),
+            ]
+            rows.append((sparse.hstack(follows), -np.inf, 0))
+            rows.append((sparse.hstack(counted), -np.inf, self.rules_per_layer))
+        return [LinearConstraint(sparse.csr_array(matrix), low, high) for matrix, low, high in rows]
+
     def _one_a_layer(self) -> Problem:
         return replace(self, costs=self.costs.sum(axis=2, keepdims=True), rules_per_layer=2)
-
-
-def _constraint(matrix, more: int, low, high) -> LinearConstraint:
-    """A constraint on the choices, with `more` variables behind them that it leaves alone."""
-    matrix = sparse.csr_array(matrix)
-    if more:
-        matrix = sparse.hstack([matrix, sparse.csr_array((matrix.shape[0], more))])
-    return LinearConstraint(matrix, low, high)
 
 
 def pareto_choices(problem: Problem, intervals: int = 4) -> list[Int[np.ndarray, "layers heads"]]:
