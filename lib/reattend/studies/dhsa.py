@@ -6,10 +6,13 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from reattend.attention.dense import causal_sdpa
 from reattend.data.needles import TASKS, Haystack, NeedleSample, Tokenizer, hide
 from reattend.long_context.dhsa import (
     DHSA,
@@ -25,6 +28,7 @@ from reattend.long_context.dhsa import (
     key_jumps,
     token_scores,
 )
+from reattend.timing import paired_ratio
 
 
 class RandomTokens(DHSA):
@@ -145,8 +149,8 @@ class LayerMap:
     ratios: Float[Tensor, "1 tokens"]
 
 
-def layer_map(query: Tensor, key: Tensor, scale: float, block_size: int, window: int) -> LayerMap:
-    """Masses and ratios of a layer; whole blocks of queries.
+def layer_map(query: Tensor, key: Tensor, scale: float, block_size: int) -> LayerMap:
+    """Masses and ratios (in windows of 4 + 4) of a layer; whole blocks of queries.
 
     Raises:
         ValueError: the last block is not whole.
@@ -155,7 +159,7 @@ def layer_map(query: Tensor, key: Tensor, scale: float, block_size: int, window:
         raise ValueError(f"{key.shape[2]} tokens are no whole blocks of {block_size}")
     weights = head_mean_weights(query, key, scale)
     mass = weights.unflatten(1, (-1, block_size)).mean(dim=2)
-    return LayerMap(query, key, mass, boundary_ratios(weights, window))
+    return LayerMap(query, key, mass, boundary_ratios(weights, 4))
 
 
 def mass_kept(
@@ -171,7 +175,7 @@ def mass_kept(
     place = torch.arange(tokens, device=scores.device)
     free = (place >= sizes.sink) & (place < ends[:, None] - sizes.local)
     # One column more takes the ends of short lists.
-    mask = torch.zeros_like(torch.nn.functional.pad(scores, (0, 1)), dtype=torch.bool)
+    mask = torch.zeros_like(F.pad(scores, (0, 1)), dtype=torch.bool)
     mask = mask.scatter(2, chosen, True)[..., :tokens] & free
     return (seen.mass * mask).sum(-1)[:, ends > budget].mean().item()
 
@@ -217,6 +221,21 @@ def single_scores(seen: LayerMap, block_size: int) -> Float[Tensor, "1 blocks to
     return token_scores(seen.query, seen.key, every, block_size=block_size)
 
 
+def other_scores(
+    seen: LayerMap, sizes: Sizes, generator: torch.Generator
+) -> dict[str, Float[Tensor, "1 blocks tokens"]]:
+    """Selections without chunks of varying length, from the best possible to the latest tokens."""
+    shape, size = seen.mass.shape, sizes.block_size
+    blocks = even_edges(shape[-1] // size, shape[-1], seen.key.device)[None]
+    return {
+        "best possible": seen.mass,
+        "single keys": single_scores(seen, size),
+        f"mean keys of {size}": pooled_scores(seen, blocks, "mean", size),
+        "random tokens": torch.rand(shape, generator=generator).to(seen.key.device),
+        "latest tokens": torch.arange(shape[-1], device=seen.key.device).expand(shape).float(),
+    }
+
+
 # Boundaries against labels ------------------------------------------------------------------------
 
 
@@ -246,3 +265,42 @@ def _f1(guess: Tensor, truth: Tensor) -> dict[str, float]:
     precision, recall = both / max(guess.sum().item(), 1), both / max(truth.sum().item(), 1)
     f1 = 2 * precision * recall / max(precision + recall, 1e-12)
     return {"precision": precision, "recall": recall, "F1": f1}
+
+
+# Times --------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def layer_times(
+    length: int, budget: int, predictor: BoundaryPredictor, rounds: int, device: torch.device
+) -> list[dict]:
+    """Times of one layer's prefill, each interleaved with the fused dense kernel: one row a method.
+
+    On random numbers, 9 query and 3 key heads, 64 wide, blocks of 128 queries.
+
+    Returns:
+        Rows with `method`, `times as fast` as dense attention (median), the same of its selection
+        alone, `pairs read` (a share) and `keys held`: copies of keys that a block of queries holds.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, length, 64, generator=generator).to(device) for n in (9, 3, 3))
+    call = {"scale": 0.125, "layer": 0}
+    shared = {"budget": budget, "instruction": 0, "sink": budget // 16}
+    methods = {
+        "DHSA": DHSA(boundaries=predictor, **shared),
+        "completed blocks": DHSA(boundaries="fixed", chunk=128, pooling="mean", **shared),
+    }
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    settings = {"rounds": rounds, "synchronise": wait}
+
+    def dense() -> Tensor:
+        return causal_sdpa(q, k, v, scale=0.125)
+
+    rows = []
+    for name, method in methods.items():
+        whole = paired_ratio(dense, lambda m=method: m.prefill(q, k, v, **call), **settings)
+        alone = paired_ratio(dense, lambda m=method: m.tokens(q, k, **call), **settings)
+        row = {"method": name, "times as fast": np.median(whole)}
+        row |= {"selection alone": np.median(alone), "pairs read": method.density()}
+        rows.append(row | {"keys held": budget})
+    return rows

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,8 +30,8 @@ WINDOW, HIDDEN = 4, 64
 LAYERS = 6  # drawn for each step
 RATE = 1e-3
 
-# Of one document and layer: its keys, and the ratios of their attention.
-Layer = tuple[Float[Tensor, "tokens channels"], Float[Tensor, " tokens"]]
+# Of one document and layer: its keys, [tokens, channels], and the ratios of their attention, [tokens].
+Layer = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
