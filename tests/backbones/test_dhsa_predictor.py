@@ -25,7 +25,7 @@ def _small(monkeypatch):
     )
     monkeypatch.setattr(dhsa, "load_smollm2", lambda device: (model, tokenizer))
     monkeypatch.setattr(
-        dhsa, "chapters", lambda side: [f"A text of {n} words. " * 9 for n in "abc"]
+        dhsa, "chapters", lambda side: [f"A text of {n} words. " * 30 for n in "abc"]
     )
     monkeypatch.setattr(dhsa, "LAYERS", 2)
     monkeypatch.setitem(dhsa.SETTINGS, "smoke", dhsa.Setting(3, 60, 8))

@@ -67,11 +67,11 @@ class Sizes:
 
     def method(self, boundaries: str | BoundaryPredictor, budget: int, **settings) -> DHSA:
         """DHSA of these sizes; without a dense instruction unless the settings say so."""
-        return DHSA(boundaries=boundaries, budget=budget, **self._shared(), **settings)
+        return DHSA(boundaries=boundaries, budget=budget, **self._shared() | settings)
 
     def random_tokens(self, budget: int, seed: int, **settings) -> DHSA:
         """The placebo."""
-        return RandomTokens(seed, boundaries="fixed", budget=budget, **self._shared(), **settings)
+        return RandomTokens(seed, boundaries="fixed", budget=budget, **self._shared() | settings)
 
     def shared_boundaries(self, predictor: BoundaryPredictor, budget: int) -> DHSA:
         """Chunks of the first layer for all."""
