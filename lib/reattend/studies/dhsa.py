@@ -198,6 +198,7 @@ def all_edges(
     }
     count = next(iter(found.values())).shape[1] - 1
     noise = torch.rand(1, tokens, generator=generator).to(seen.key.device)
+    noise[:, -1] = -torch.inf  # no boundary lies behind the last token
     others = {"labelled": seen.ratios, "key jumps": key_jumps(seen.key), "random": noise}
     found |= {name: chunk_edges(x, limit=count - 1, **cut) for name, x in others.items()}
     return found | {"fixed": even_edges(count, tokens, seen.key.device)[None]}

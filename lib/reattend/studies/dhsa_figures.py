@@ -62,13 +62,13 @@ def draw_boundaries(masses: pd.DataFrame, bounds: Mapping[str, pd.Series], count
     """Mass kept by boundaries and pooling: beyond fixed chunks with plain means, and by other selections.
 
     Args:
-        masses: columns boundaries, pooling, document, kept (%).
+        masses: columns rule, pooling, document, kept (%).
         bounds: other selections, kept by document.
         count: of the documents, for the axis.
     """
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=[1.5, 1])
-    table = masses.set_index(["boundaries", "pooling", "document"])["kept"].unstack("document")
-    base, names = table.loc["fixed", "mean"], list(dict.fromkeys(masses.boundaries))
+    table = masses.set_index(["rule", "pooling", "document"])["kept"].unstack("document")
+    base, names = table.loc["fixed", "mean"], list(dict.fromkeys(masses.rule))
     for place, name in enumerate(names):
         for shift, (pooling, colour) in enumerate(POOLING_COLOURS.items()):
             label = f"pooling: {pooling}" if not place else None

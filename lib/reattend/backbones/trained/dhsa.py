@@ -27,8 +27,8 @@ from reattend.long_context.dhsa import LABEL_RATIO, BoundaryPredictor, Teacher, 
 from reattend.training.loop import TrainingPlan, train
 
 WINDOW, HIDDEN = 4, 64
-LAYERS = 6  # drawn for each step
-RATE = 1e-3
+LAYERS = 2  # drawn for each step
+RATE = 2e-3
 
 # Of one document and layer: its keys, [tokens, channels], and the ratios of their attention, [tokens].
 Layer = tuple[Tensor, Tensor]
@@ -45,8 +45,8 @@ class Setting:
 
 SETTINGS = {
     "smoke": Setting(2, 96, 4),
-    "cpu": Setting(24, 512, 320),
-    "gpu": Setting(48, 2048, 1000),
+    "cpu": Setting(24, 512, 800),
+    "gpu": Setting(48, 2048, 3000),
 }
 
 
