@@ -78,7 +78,7 @@ def draw_boundaries(masses: pd.DataFrame, bounds: Mapping[str, pd.Series], count
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     axes[0].set(xlabel=f"mass kept, points above fixed chunks with plain means; {count}")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     whole = {
         f"{name}, {p}": table.loc[name, p] for name, p in (("fixed", "mean"), (names[0], "sqrt"))
     }
@@ -131,12 +131,13 @@ def draw_budgets(
     curves: Mapping[str, Float[np.ndarray, "documents budgets"]], budgets: list
 ) -> Figure:
     """Mass kept by budget."""
-    fig, axis = plt.subplots(figsize=(7, 4))
+    fig, axis = plt.subplots(figsize=(8.5, 4))
     colours = [COLOURS[0], *COLOURS[1:]]
     for (name, values), colour in zip(curves.items(), colours, strict=False):
         mean_curve(axis, budgets, values, colour, name)
     axis.set(xlabel="budget, tokens", ylabel="mass kept beyond the forced tokens, %")
-    axis.legend(fontsize=8)
+    axis.set_xticks(budgets)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 
@@ -152,6 +153,5 @@ def draw_needles(found: pd.DataFrame, styles: Mapping[str, tuple[str, str]]) -> 
         part = found[found.method == name].sort_values("depth")
         axis.plot(100 * part.depth, part["answer NLL"], marker, color=colour, label=name, ms=5)
     axis.set(xlabel="depth of the needle, % of the prompt", ylabel="answer NLL, nats a token")
-    axis.set_yscale("symlog", linthresh=0.1)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
