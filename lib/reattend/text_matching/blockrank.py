@@ -119,7 +119,7 @@ def block_attention(
     Raises:
         ValueError: fewer than three blocks, or tokens that do not divide into them.
     """
-    batch, heads, tokens, dim = query.shape
+    batch, heads, tokens = query.shape[:3]
     if blocks < 3 or tokens % blocks:
         raise ValueError(f"{tokens} tokens are no {blocks} equal blocks, of which three are needed")
     length, documents = tokens // blocks, blocks - 2

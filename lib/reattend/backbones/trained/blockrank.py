@@ -12,7 +12,7 @@ Files: `lists.json` and `scores.safetensors`; see `load`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import rotate_half
 
-from reattend.attention.dense import causal_token_mask
+from reattend.attention.dense import causal_token_mask, dense_attention
 from reattend.backbones.pretrained import smollm2
 from reattend.backbones.store import backbone_path
 from reattend.data.verse_lists import VerseList, verse_lists
@@ -36,6 +36,7 @@ from reattend.text_matching.blockrank import (
     visible,
 )
 from reattend.training.loop import TrainingLog, TrainingPlan, train
+from reattend.trunks.encoders import index_batches
 
 MASKS = ("full", "block", "random")
 OFFSET = 1_024  # position of the query segment under the last two masks
@@ -119,9 +120,7 @@ class Masked:
         allowed = random_blocks(self.block, self.generator) if self.random else self.allowed
         # A row of padding has nothing to see: it may see everything, and nobody sees it.
         allowed = (allowed | (self.block < 0)[:, :, None])[:, None]
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, enable_gqa=True
-        )
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=True)
 
 
 # Readers ------------------------------------------------------------------------------------------
@@ -154,7 +153,7 @@ class Seen:
         return len(self.document)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[Sequence[int]]],
@@ -163,18 +162,42 @@ def read(
     seed: int,
     batch: int = 8,
 ) -> dict[int, Seen]:
-    """What readers of `layers` are given of all prompts under one mask; longest prompts last."""
-    order = sorted(range(len(prompts)), key=lambda i: sum(map(len, prompts[i])))
+    """What readers of `layers` are given of all prompts under one mask."""
     generator = Generator().manual_seed(seed)
     parts: dict[int, list[Seen]] = {layer: [] for layer in layers}
-    for rows in torch.tensor(order).split(batch):
+    order = _by_length(prompts)
+    for rows in order.split(batch):
         ids, block = joined([prompts[i] for i in rows.tolist()])
         attend = Masked(mask, block, generator)
         states = states_entering(model, ids, attend.positions, attend, layers)
         for layer, entering in states.items():
             parts[layer].append(_seen(model, layer, entering, block, attend.positions))
-    back = torch.tensor(order).argsort()
-    return {layer: _together(seen)[back] for layer, seen in parts.items()}
+    return {layer: _together(seen)[order.argsort()] for layer, seen in parts.items()}
+
+
+def _by_length(prompts: Sequence[Sequence[Sequence[int]]]) -> Int[Tensor, " prompts"]:
+    return torch.tensor([sum(map(len, prompt)) for prompt in prompts]).argsort(stable=True)
+
+
+@torch.no_grad()
+def decoded(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    names: Int[Tensor, " documents"],
+    batch: int = 8,
+) -> Float[Tensor, "prompts documents"]:
+    """Logits of the documents' numbers as the next token, after the whole model under the causal mask.
+
+    Args:
+        names: token ids of the numbers.
+    """
+    logits, order, end = [], _by_length(prompts), len(model.model.layers)
+    for rows in order.split(batch):
+        ids, block = joined([prompts[i] for i in rows.tolist()])
+        attend = Masked("full", block, Generator())
+        states = states_entering(model, ids, attend.positions, attend, [end])[end][:, -1]
+        logits.append(model.model.norm(states).float() @ model.lm_head.weight[names].float().T)
+    return torch.cat(logits)[order.argsort()]
 
 
 def _seen(
@@ -227,7 +250,13 @@ class Reader(nn.Module):
     """
 
     def __init__(
-        self, seen: Seen, heads: int, key_heads: int, documents: int, rank: int, generator: Generator
+        self,
+        seen: Seen,
+        heads: int,
+        key_heads: int,
+        documents: int,
+        rank: int,
+        generator: Generator,
     ) -> None:
         super().__init__()
         self.heads, self.key_heads, self.documents = heads, key_heads, documents
@@ -262,7 +291,11 @@ def _turned(x: Tensor, heads: int, turn: Tensor) -> Float[Tensor, "prompts heads
 
 
 def fit_reader(
-    reader: Reader, seen: Seen, right: Int[Tensor, " prompts"], plan: TrainingPlan, batches: Iterator
+    reader: Reader,
+    seen: Seen,
+    right: Int[Tensor, " prompts"],
+    plan: TrainingPlan,
+    batches: Iterator,
 ) -> TrainingLog:
     """Train a reader by L_aux on batches of positions among the prompts."""
     positive = F.one_hot(right, reader.documents).bool()
@@ -271,3 +304,242 @@ def fit_reader(
         return auxiliary_loss(reader(seen[rows]), positive[rows], TEMPERATURE)
 
     return train(reader, batches, loss, plan)
+
+
+# Where the dense model looks ------------------------------------------------------------------------
+
+
+class Shares:
+    """Causal attention on one prompt that notes, layer by layer, where its rows look.
+
+    Attributes:
+        between: a layer, a row: attention of document tokens to other documents as a share of that to
+            own and other documents, over the same share of uniform causal attention; for the documents,
+            and for pseudo-documents that begin and end half a document later.
+        segments: a layer, a row: mean attention of document tokens to the first token, the rest of the
+            instruction, the own and the other documents; then of the signal tokens to the first token,
+            the rest of the instruction, the right document, the others and the query segment.
+    """
+
+    def __init__(self, block: Int[Tensor, " tokens"], right: int) -> None:
+        self.block, self.last, self.right = block, int(block.max()), right
+        sizes = block.bincount()
+        within = torch.cat([torch.arange(size) for size in sizes.tolist()])
+        document = (block > 0) & (block < self.last)
+        later = (2 * within >= sizes[block]) & document
+        self.parts = [
+            torch.where(document, block, 0),
+            torch.where(document, block + later.long(), 0),
+        ]
+        self.uniform = [self._other_share(_uniform(len(block)), part) for part in self.parts]
+        self.between: list[list[float]] = []
+        self.segments: list[list[float]] = []
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, weights = dense_attention(query, key, value, causal=True, return_weights=True)
+        mean = weights[0].mean(0)
+        shares = [self._other_share(mean, part) for part in self.parts]
+        self.between.append([s / u for s, u in zip(shares, self.uniform, strict=True)])
+        self.segments.append(self._segments(mean))
+        return output
+
+    def _other_share(self, weights: Tensor, part: Int[Tensor, " tokens"]) -> float:
+        among = weights * ((part > 0)[:, None] & (part > 0))
+        own = (among * (part[:, None] == part)).sum()
+        return float(1 - own / among.sum())
+
+    def _segments(self, weights: Tensor) -> list[float]:
+        mass = weights @ F.one_hot(self.block, self.last + 1).to(weights.dtype)
+        sink = weights[:, 0]
+        document = self.parts[0] > 0
+        own = mass.gather(1, self.block[:, None])[:, 0]
+        every = mass[:, 1 : self.last].sum(1)
+        right = mass[:, self.right + 1]
+        of_documents = [sink, mass[:, 0] - sink, own, every - own]
+        of_signals = [sink, mass[:, 0] - sink, right, every - right, mass[:, self.last]]
+        return [x[document].mean().item() for x in of_documents] + [
+            x[-SIGNALS:].mean().item() for x in of_signals
+        ]
+
+
+def _uniform(tokens: int) -> Float[Tensor, "tokens tokens"]:
+    seen = causal_token_mask(tokens, tokens).float()
+    return seen / seen.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def shares(
+    model: PreTrainedModel, prompts: Sequence[Sequence[Sequence[int]]], lists: Sequence[VerseList]
+) -> tuple[Float[Tensor, "prompts layers 2"], Float[Tensor, "prompts layers 9"]]:
+    """`between` and `segments` of every layer of the dense model (see `Shares`), prompt by prompt."""
+    between, segments = [], []
+    for prompt, item in zip(prompts, lists, strict=True):
+        ids, block = joined([prompt])
+        noted = Shares(block[0], item.right)
+        places = torch.arange(ids.shape[1])[None]
+        states_entering(model, ids, places, noted, [len(model.model.layers)])
+        between.append(noted.between)
+        segments.append(noted.segments)
+    return torch.tensor(between), torch.tensor(segments)
+
+
+# The build ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much is read and trained in one profile.
+
+    Attributes:
+        train, test: prompts.
+        documents: N of each.
+        looked: test prompts of which all attention is looked at.
+        layer: l*, under every mask.
+        layers: further ones under the full mask.
+        seeds: readers of each kind; each trains on its own bootstrap draw of the training prompts.
+        rank, steps, learning_rate, batch: of a reader and its training.
+    """
+
+    train: int
+    test: int
+    documents: int
+    looked: int
+    seeds: int
+    steps: int
+    learning_rate: float = 3e-3
+    rank: int = 8
+    batch: int = 32
+    layer: int = 16
+    layers: tuple[int, ...] = (6, 11, 21, 26)
+
+
+SETTINGS = {
+    "smoke": Setting(train=12, test=8, documents=4, looked=3, seeds=3, steps=4, batch=8),
+    "cpu": Setting(train=480, test=240, documents=8, looked=40, seeds=8, steps=200),
+    "gpu": Setting(train=4_000, test=960, documents=8, looked=240, seeds=16, steps=1_000),
+}
+DEALT, LONGER = "block, documents at random", "full, twice the steps"
+
+
+def arms(setting: Setting) -> dict[str, tuple[str, int]]:
+    """Mask and layer of every kind of reader.
+
+    Two kinds are no other mask or layer: one learns to find a document drawn at random, one is trained
+    twice as long.
+    """
+    here = {mask: (mask, setting.layer) for mask in MASKS}
+    others = {f"full, layer {layer}": ("full", layer) for layer in setting.layers}
+    return here | others | {DEALT: ("block", setting.layer), LONGER: ("full", setting.layer)}
+
+
+def build(target: Path, profile: str) -> None:
+    """Read all prompts, train all readers, and write their scores into the empty directory `target`."""
+    setting = SETTINGS[profile]
+    model, tokenizer = smollm2.load(dtype=torch.bfloat16)
+    lists = verse_lists(setting.train, setting.documents, "train", 0)
+    lists += verse_lists(setting.test, setting.documents, "test", 0)
+    prompts = [prompt_blocks(tokenizer, item) for item in lists]
+    right, test = torch.tensor([item.right for item in lists]), slice(setting.train, None)
+    tensors: dict[str, Tensor] = {}
+    names = torch.tensor(
+        [tokenizer.convert_tokens_to_ids(str(n)) for n in range(setting.documents)]
+    )
+    tensors["decoded"] = decoded(model, prompts[test], names)
+    looked = slice(setting.train, setting.train + setting.looked)
+    tensors["between"], tensors["segments"] = shares(model, prompts[looked], lists[looked])
+    drawn = [_draw(setting, seed) for seed in range(setting.seeds)]
+    tensors["drawn"] = torch.stack([d.bincount(minlength=setting.train) for d in drawn])
+    kinds = arms(setting)
+    for mask in MASKS:
+        layers = sorted({layer for other, layer in kinds.values() if other == mask})
+        seen = read(model, prompts, mask, layers, seed=0)
+        print(f"{mask}: read", flush=True)
+        for arm, (_, layer) in ((a, k) for a, k in kinds.items() if k[0] == mask):
+            trained, losses, untrained = _readers(arm, seen[layer], right, drawn, setting, model)
+            tensors |= {f"{arm}/scores": trained, f"{arm}/losses": losses}
+            tensors[f"{arm}/untrained"] = untrained
+            print(f"{arm}: trained", flush=True)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, target / "scores.safetensors")
+    (target / "lists.json").write_text(
+        json.dumps([asdict(item) for item in lists]), encoding="utf8"
+    )
+
+
+def _draw(setting: Setting, seed: int) -> Int[Tensor, " train"]:
+    """A bootstrap draw of the training prompts."""
+    generator = Generator().manual_seed(seed)
+    return torch.randint(setting.train, (setting.train,), generator=generator)
+
+
+def _readers(
+    arm: str,
+    seen: Seen,
+    right: Int[Tensor, " prompts"],
+    drawn: Sequence[Int[Tensor, " train"]],
+    setting: Setting,
+    model: PreTrainedModel,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of all prompts by one reader a seed, the losses of each, and the scores of untrained heads."""
+    steps = setting.steps * (2 if arm == LONGER else 1)
+    plan = TrainingPlan(steps, setting.learning_rate, weight_decay=0.0, warmup=steps // 10)
+    heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    scores, losses, untrained = [], [], None
+    for seed, rows in enumerate(drawn):
+        generator = Generator().manual_seed(seed)
+        reader = Reader(seen, *heads, setting.documents, setting.rank, generator)
+        if untrained is None:
+            untrained = _outputs(reader.by_head, seen)
+        target = right
+        if arm == DEALT:
+            target = torch.randint(setting.documents, right.shape, generator=generator)
+        order = index_batches(setting.train, setting.batch, seed)
+        batches = (rows[index] for index in order)
+        losses.append(fit_reader(reader, seen, target, plan, batches).losses)
+        scores.append(_outputs(reader, seen))
+    return torch.stack(scores), torch.tensor(losses), untrained
+
+
+@torch.no_grad()
+def _outputs(score: Callable[[Seen], Tensor], seen: Seen) -> Tensor:
+    return torch.cat([score(seen[rows]) for rows in torch.arange(len(seen)).split(128)])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was found in a profile; items are training prompts, then test prompts.
+
+    Attributes:
+        lists: the prompts' queries and documents.
+        train: number of training prompts.
+        scores: by kind of reader (see `arms`), S of every reader.
+        untrained: by kind of reader, S of every head of the layer as it is.
+        losses: by kind of reader, of every training step.
+        drawn: how often each training prompt is in the draw of a seed.
+        decoded: logits of the documents' numbers, test prompts.
+        between, segments: see `Shares`, the first test prompts.
+    """
+
+    lists: list[VerseList]
+    train: int
+    scores: dict[str, Float[Tensor, "seeds items documents"]]
+    untrained: dict[str, Float[Tensor, "items heads documents"]]
+    losses: dict[str, Float[Tensor, "seeds steps"]]
+    drawn: Int[Tensor, "seeds train"]
+    decoded: Float[Tensor, "test documents"]
+    between: Float[Tensor, "looked layers 2"]
+    segments: Float[Tensor, "looked layers 9"]
+
+
+def load(profile: str = "cpu") -> Asked:
+    """All that was found in a profile; builds it first when it is missing."""
+    directory = backbone_path("blockrank", profile)
+    facts = json.loads((directory / "lists.json").read_text(encoding="utf8"))
+    lists = [VerseList(f["query"], tuple(f["documents"]), f["right"]) for f in facts]
+    tensors = load_file(directory / "scores.safetensors")
+    kinds = [name.removesuffix("/scores") for name in tensors if name.endswith("/scores")]
+    by_kind = (
+        {kind: tensors[f"{kind}/{part}"] for kind in kinds}
+        for part in ("scores", "untrained", "losses")
+    )
+    others = (tensors[name] for name in ("drawn", "decoded", "between", "segments"))
+    return Asked(lists, SETTINGS[profile].train, *by_kind, *others)
