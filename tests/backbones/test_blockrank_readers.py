@@ -16,7 +16,6 @@ from reattend.backbones.trained.blockrank import (
     Reader,
     Shares,
     arms,
-    decoded,
     fit_reader,
     joined,
     random_blocks,
@@ -66,9 +65,9 @@ def test_joined_blocks_are_padded_on_the_left():
 
 @pytest.mark.parametrize("mask", MASKS[:2])
 def test_reading_does_not_depend_on_the_batch(tiny, mask):
-    together = read(tiny, prompts(), mask, [2], seed=0, batch=3)[2]
+    together = read(tiny, prompts(), mask, [2], seed=0, batch=3)[0][2]
     for row, prompt in enumerate(prompts()):
-        alone = read(tiny, [prompt], mask, [2], seed=0)[2]
+        alone = read(tiny, [prompt], mask, [2], seed=0)[0][2]
         size = alone.document.shape[1]
         assert together.document[row, :size].tolist() == alone.document[0].tolist()
         assert (together.document[row, size:] == -1).all()
@@ -80,7 +79,7 @@ def test_reading_does_not_depend_on_the_batch(tiny, mask):
 def test_an_untrained_reader_is_the_models_attention(tiny, mask):
     """Against the layer's own projections, on one prompt, under the mask itself."""
     for prompt in prompts():
-        seen = read(tiny, [prompt], mask, [2], seed=0)[2]
+        seen = read(tiny, [prompt], mask, [2], seed=0)[0][2]
         reader = Reader(seen, 6, 2, 3, rank=4, generator=torch.Generator().manual_seed(1))
         ids, block = joined([prompt])
         allowed, places = visible(block), shared_positions(block, OFFSET)
@@ -101,7 +100,7 @@ def test_an_untrained_reader_is_the_models_attention(tiny, mask):
 
 def test_decoding_reads_the_logits_of_the_whole_model(tiny):
     names = torch.tensor([4, 7, 2])
-    found = decoded(tiny, prompts(), names, batch=2)
+    _, found = read(tiny, prompts(), "full", [1], seed=0, names=names, batch=2)
     for prompt, logits in zip(prompts(), found, strict=True):
         ids = torch.tensor([sum(prompt, [])])  # noqa: RUF017
         torch.testing.assert_close(logits, tiny(ids).logits[0, -1, names], rtol=0, atol=1e-4)
@@ -147,7 +146,7 @@ def test_a_reader_learns_where_the_right_document_is_marked(tiny):
     right = torch.randint(4, (260,), generator=generator)
     for prompt, place in zip(batch, right.tolist(), strict=True):
         prompt[place + 1][-1] = 49
-    seen = read(tiny, batch, "block", [0], seed=0)[0]
+    seen = read(tiny, batch, "block", [0], seed=0)[0][0]
     reader = Reader(seen, 6, 2, 4, rank=4, generator=generator)
     before = (reader(seen).argmax(1) == right)[200:].float().mean()
     plan = TrainingPlan(100, 0.03, weight_decay=0.0)
@@ -199,4 +198,4 @@ def test_arms_cover_what_is_compared():
     assert {kinds[mask] for mask in MASKS} == {(mask, 16) for mask in MASKS}
     assert kinds[DEALT] == ("block", 16)
     assert kinds[LONGER] == ("full", 16)
-    assert len(kinds) == 9
+    assert len(kinds) == 8

@@ -183,8 +183,10 @@ def head_scores(
         scale: 1 / sqrt(dim) when None (the official SDPA back-end leaves it out; the others have it).
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    key = repeat_key_heads(key, query.shape[1])
-    logits = scale * (widened(query) @ widened(key).transpose(-2, -1))
+    # The query heads that share a key head stand side by side, so that no key is copied.
+    shared = widened(query).reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
+    logits = scale * (shared @ widened(key).transpose(-2, -1))
+    logits = logits.reshape(*query.shape[:3], key.shape[2])
     weights = masked_softmax(logits, (document >= 0)[:, None, None]).mean(2)
     place = document.clamp(min=0)[:, None].expand_as(weights)
     return weights.new_zeros(*weights.shape[:2], documents).scatter_add(2, place, weights)

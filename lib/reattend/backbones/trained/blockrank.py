@@ -160,44 +160,32 @@ def read(
     mask: str,
     layers: Sequence[int],
     seed: int,
+    names: Int[Tensor, " documents"] | None = None,
     batch: int = 8,
-) -> dict[int, Seen]:
-    """What readers of `layers` are given of all prompts under one mask."""
-    generator = Generator().manual_seed(seed)
+) -> tuple[dict[int, Seen], Float[Tensor, "prompts documents"] | None]:
+    """What readers of `layers` are given of all prompts under one mask; the model's own answer, if asked for.
+
+    Args:
+        seed: of the random blocks.
+        names: token ids of the documents' numbers, whose logits as the next token are wanted.
+    """
+    generator, end = Generator().manual_seed(seed), len(model.model.layers)
     parts: dict[int, list[Seen]] = {layer: [] for layer in layers}
-    order = _by_length(prompts)
+    logits = []
+    order = torch.tensor([sum(map(len, p)) for p in prompts]).argsort(stable=True)
     for rows in order.split(batch):
         ids, block = joined([prompts[i] for i in rows.tolist()])
         attend = Masked(mask, block, generator)
-        states = states_entering(model, ids, attend.positions, attend, layers)
-        for layer, entering in states.items():
-            parts[layer].append(_seen(model, layer, entering, block, attend.positions))
-    return {layer: _together(seen)[order.argsort()] for layer, seen in parts.items()}
-
-
-def _by_length(prompts: Sequence[Sequence[Sequence[int]]]) -> Int[Tensor, " prompts"]:
-    return torch.tensor([sum(map(len, prompt)) for prompt in prompts]).argsort(stable=True)
-
-
-@torch.no_grad()
-def decoded(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[Sequence[int]]],
-    names: Int[Tensor, " documents"],
-    batch: int = 8,
-) -> Float[Tensor, "prompts documents"]:
-    """Logits of the documents' numbers as the next token, after the whole model under the causal mask.
-
-    Args:
-        names: token ids of the numbers.
-    """
-    logits, order, end = [], _by_length(prompts), len(model.model.layers)
-    for rows in order.split(batch):
-        ids, block = joined([prompts[i] for i in rows.tolist()])
-        attend = Masked("full", block, Generator())
-        states = states_entering(model, ids, attend.positions, attend, [end])[end][:, -1]
-        logits.append(model.model.norm(states).float() @ model.lm_head.weight[names].float().T)
-    return torch.cat(logits)[order.argsort()]
+        asked = layers if names is None else [*layers, end]
+        states = states_entering(model, ids, attend.positions, attend, asked)
+        for layer in layers:
+            parts[layer].append(_seen(model, layer, states[layer], block, attend.positions))
+        if names is not None:
+            last = model.model.norm(states[end][:, -1]).float()
+            logits.append(last @ model.lm_head.weight[names].float().T)
+    back = order.argsort()
+    seen = {layer: _together(of_layer)[back] for layer, of_layer in parts.items()}
+    return seen, torch.cat(logits)[back] if logits else None
 
 
 def _seen(
@@ -408,15 +396,15 @@ class Setting:
     steps: int
     learning_rate: float = 3e-3
     rank: int = 8
-    batch: int = 32
+    batch: int = 16
     layer: int = 16
-    layers: tuple[int, ...] = (6, 11, 21, 26)
+    layers: tuple[int, ...] = (6, 11, 26)
 
 
 SETTINGS = {
     "smoke": Setting(train=12, test=8, documents=4, looked=3, seeds=3, steps=4, batch=8),
-    "cpu": Setting(train=480, test=240, documents=8, looked=40, seeds=8, steps=200),
-    "gpu": Setting(train=4_000, test=960, documents=8, looked=240, seeds=16, steps=1_000),
+    "cpu": Setting(train=240, test=220, documents=8, looked=24, seeds=4, steps=150),
+    "gpu": Setting(train=4_000, test=960, documents=8, looked=240, seeds=16, steps=1_000, batch=32),
 }
 DEALT, LONGER = "block, documents at random", "full, twice the steps"
 
@@ -439,12 +427,11 @@ def build(target: Path, profile: str) -> None:
     lists = verse_lists(setting.train, setting.documents, "train", 0)
     lists += verse_lists(setting.test, setting.documents, "test", 0)
     prompts = [prompt_blocks(tokenizer, item) for item in lists]
-    right, test = torch.tensor([item.right for item in lists]), slice(setting.train, None)
+    right = torch.tensor([item.right for item in lists])
     tensors: dict[str, Tensor] = {}
     names = torch.tensor(
         [tokenizer.convert_tokens_to_ids(str(n)) for n in range(setting.documents)]
     )
-    tensors["decoded"] = decoded(model, prompts[test], names)
     looked = slice(setting.train, setting.train + setting.looked)
     tensors["between"], tensors["segments"] = shares(model, prompts[looked], lists[looked])
     drawn = [_draw(setting, seed) for seed in range(setting.seeds)]
@@ -452,7 +439,10 @@ def build(target: Path, profile: str) -> None:
     kinds = arms(setting)
     for mask in MASKS:
         layers = sorted({layer for other, layer in kinds.values() if other == mask})
-        seen = read(model, prompts, mask, layers, seed=0)
+        asked = names if mask == "full" else None
+        seen, answers = read(model, prompts, mask, layers, seed=0, names=asked)
+        if answers is not None:
+            tensors["decoded"] = answers
         print(f"{mask}: read", flush=True)
         for arm, (_, layer) in ((a, k) for a, k in kinds.items() if k[0] == mask):
             trained, losses, untrained = _readers(arm, seen[layer], right, drawn, setting, model)
@@ -515,7 +505,7 @@ class Asked:
         untrained: by kind of reader, S of every head of the layer as it is.
         losses: by kind of reader, of every training step.
         drawn: how often each training prompt is in the draw of a seed.
-        decoded: logits of the documents' numbers, test prompts.
+        decoded: logits of the documents' numbers under the full mask.
         between, segments: see `Shares`, the first test prompts.
     """
 
@@ -525,7 +515,7 @@ class Asked:
     untrained: dict[str, Float[Tensor, "items heads documents"]]
     losses: dict[str, Float[Tensor, "seeds steps"]]
     drawn: Int[Tensor, "seeds train"]
-    decoded: Float[Tensor, "test documents"]
+    decoded: Float[Tensor, "items documents"]
     between: Float[Tensor, "looked layers 2"]
     segments: Float[Tensor, "looked layers 9"]
 
