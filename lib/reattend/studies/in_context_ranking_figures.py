@@ -25,7 +25,7 @@ def draw_masks(
     fig, axes = plt.subplots(1, len(masks) + 1, figsize=(3 * (len(masks) + 1), 3.1))
     borders = np.flatnonzero(np.diff(block.numpy())) + 0.5
     for axis, (name, mask) in zip(axes, masks.items(), strict=False):
-        axis.imshow(mask, cmap="Blues", vmax=1.4, interpolation="nearest")
+        axis.imshow(mask.numpy(), cmap="Blues", vmax=1.4, interpolation="nearest")
         axis.hlines(borders, -0.5, len(block) - 0.5, color="white", lw=0.5)
         axis.vlines(borders, -0.5, len(block) - 0.5, color="white", lw=0.5)
         axis.set(title=name, xlabel="key", ylabel="query")
@@ -39,7 +39,7 @@ def draw_masks(
 
 def draw_scores(axis: Axes, scores: Float[Tensor, "heads documents"], right: int) -> None:
     """S of every head and document as shades, with the right document marked."""
-    axis.imshow(scores, cmap="Blues", vmin=0, aspect="auto")
+    axis.imshow(scores.numpy(), cmap="Blues", vmin=0, aspect="auto")
     axis.set(xlabel="document", ylabel="head", title="S by head")
     axis.set_xticks(range(scores.shape[1]))
     axis.get_xticklabels()[right].set(fontweight="bold", color=COLOURS[0])
