@@ -1,6 +1,7 @@
 """Times, slopes and counts for TransNormerLLM."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from reattend.language_modeling.transnormer import GatedLinearAttention, decay_slopes
 from reattend.studies.transnormer import (
     bigram_nats,
+    device_clock,
     interleaved_seconds,
     log_slope,
     operator_runs,
@@ -32,6 +34,10 @@ def test_rounds_turn_round_and_times_are_each_runs_own():
     found = interleaved_seconds(runs, 3, clock=lambda: now[0])
     assert {name: list(x) for name, x in found.items()} == {"a": [1, 1, 1], "b": [3, 3, 3]}
     assert order == [*"ab", *"ab", *"ba", *"ab"]
+
+
+def test_on_a_cpu_the_clock_counts_processor_time():
+    assert device_clock("cpu") is time.process_time
 
 
 def test_the_slope_is_the_power_of_the_length():

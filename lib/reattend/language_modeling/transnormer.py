@@ -111,8 +111,8 @@ def lightning(
     since = -slopes[:, None, None] * torch.arange(1, block + 1, device=q.device)[:, None]
     fall = since.exp()  # lambda^1 .. lambda^block, [heads, block, 1]
     parts = []
-    for start in range(0, length, block):
-        q_i, k_i, v_i = (x[..., start : start + block, :] for x in (q, k, v))
+    # Not slices: the gradient of each would be as long as the text.
+    for q_i, k_i, v_i in zip(*(x.split(block, dim=-2) for x in (q, k, v)), strict=True):
         size = q_i.shape[-2]
         inside = (q_i @ k_i.mT * mask[:, :size, :size]) @ v_i
         parts.append(inside + q_i * fall[:, :size] @ state)

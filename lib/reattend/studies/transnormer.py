@@ -15,14 +15,30 @@ from reattend.language_modeling.transnormer import decay_slopes, left_product, l
 from reattend.trunks.language import Trunk, TrunkCache
 
 Run = Callable[[], object]
+Clock = Callable[[], float]
+
+
+def device_clock(device: torch.device | str) -> Clock:
+    """Seconds for work on a device: CPU time, so that other processes on the core are not counted.
+
+    On a GPU the time of day, once all work that was asked for is done.
+    """
+    if torch.device(device).type == "cpu":
+        return time.process_time
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
 
 
 def interleaved_seconds(
-    runs: Mapping[Hashable, Run], rounds: int, clock: Callable[[], float] = time.process_time
+    runs: Mapping[Hashable, Run], rounds: int, clock: Clock = time.process_time
 ) -> dict[Hashable, Float[np.ndarray, " rounds"]]:
     """Seconds of every run, measured in turns; the order turns round from one round to the next.
 
-    CPU seconds by default, so that other processes on the core are not counted. One untimed round first.
+    One untimed round comes first.
     """
     seconds = {name: np.empty(rounds) for name in runs}
     for run in runs.values():
@@ -74,7 +90,7 @@ def token_milliseconds(
     rounds: int,
     repeats: int = 4,
 ) -> dict[str, Float[np.ndarray, "contexts rounds"]]:
-    """CPU milliseconds to decode one token behind `contexts` tokens; all are measured in turns.
+    """Milliseconds to decode one token behind `contexts` tokens, by `device_clock`; all are measured in turns.
 
     Each measurement is the mean of `repeats` tokens, which start from the same cache in every round.
     """
@@ -93,7 +109,7 @@ def token_milliseconds(
             cache = model.start_cache()
             model(tokens[:, :context], cache)
             runs[name, context] = decode(model, cache)
-    seconds = interleaved_seconds(runs, rounds)
+    seconds = interleaved_seconds(runs, rounds, device_clock(tokens.device))
     return {
         name: 1000 / repeats * np.stack([seconds[name, context] for context in contexts])
         for name in models
