@@ -71,7 +71,7 @@ MAIN = ("Softmax", "1 + elu", "TNL", "LRPE", "APE", "No content")
 ABLATIONS = ("LRPE-d", "Exp-decay", "No gate", "No temperature")
 SETTINGS = {
     "smoke": Setting(Shape(300, 16, 16, 2, 2), MAIN, 2, 3, 1e-3, 3, 4),
-    "cpu": Setting(Shape(512, 128, 64, 3, 4), MAIN, 8, 600, 3e-3, 4, 512),
+    "cpu": Setting(Shape(258, 128, 64, 3, 4), MAIN, 8, 360, 6e-3, 4, 512),  # 258: bytes
     "gpu": Setting(Shape(2048, 1024, 512, 8, 8), MAIN + ABLATIONS, 16, 2000, 1e-3, 8, 64),
 }
 
