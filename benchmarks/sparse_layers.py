@@ -19,9 +19,11 @@ from reattend.attention.dense import causal_sdpa
 from reattend.attention.host import attach
 from reattend.attention.method import AttentionMethod, BlockSparseMethod
 from reattend.backbones.pretrained.smollm2 import load
+from reattend.backbones.trained.dhsa import new_predictor
 from reattend.data.long_tasks import prose_windows
 from reattend.data.needles import Haystack
 from reattend.data.prose import documents
+from reattend.long_context.dhsa import DHSA, BoundaryPredictor
 from reattend.long_context.flexprefill import FlexPrefill
 from reattend.long_context.moa import MoA, Plan, Rule
 from reattend.long_context.proxyattn import ProxyAttn
@@ -46,9 +48,22 @@ class Keep(AttentionMethod):
         return super().prefill(query, key, value, scale=scale, layer=layer, padding=padding)
 
 
-def candidates(block_size: int) -> dict[str, list[BlockSparseMethod]]:
+def candidates(
+    block_size: int, predictor: BoundaryPredictor
+) -> dict[str, list[BlockSparseMethod | DHSA]]:
     """The settings of each method, sparse ones first."""
+    forced = {"local": 2 * block_size, "sink": block_size, "instruction": 0}
     return {
+        "DHSA": [
+            DHSA(
+                boundaries=predictor,
+                budget=count * block_size,
+                block_size=block_size,
+                **forced,
+            )
+            for count in COUNTS
+            if count >= 3
+        ],
         "FlexPrefill": [
             FlexPrefill(gamma=gamma, min_budget=2 * block_size, block_size=block_size)
             for gamma in GAMMAS
@@ -71,7 +86,7 @@ def uneven_plan(share: float, block_size: int) -> Plan:
     return Plan((rules,), block_size=block_size)
 
 
-def densest(methods: list[BlockSparseMethod], tensors: tuple, limit: float):
+def densest(methods: list[BlockSparseMethod | DHSA], tensors: tuple, limit: float):
     """The method of the largest measured density up to `limit`, and that density."""
     query, key, value, scale = tensors
     best = None
@@ -95,6 +110,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     model, tokenizer = load()
+    predictor = new_predictor(model)  # untrained: weights do not change its time
     window = prose_windows(Haystack(tokenizer, documents("needles")), options.tokens, 1)
     keep = Keep(options.layers)
     with torch.no_grad(), attach(model, keep):
@@ -105,7 +121,7 @@ def main() -> None:
         f"threads, {options.rounds} paired rounds: median [lowest, highest]"
     )
     for layer, tensors in keep.kept.items():
-        for name, methods in candidates(options.block_size).items():
+        for name, methods in candidates(options.block_size, predictor).items():
             found = densest(methods, tensors, options.density)
             if found is None:
                 print(f"layer {layer:2} {name:15} no setting of at most {options.density:.0%}")
@@ -114,7 +130,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def report(method: BlockSparseMethod, density: float, tensors: tuple, rounds: int) -> str:
+def report(method: BlockSparseMethod | DHSA, density: float, tensors: tuple, rounds: int) -> str:
     """Speed-up over dense SDPA, and the share of the method's own time that selection takes."""
     query, key, value, scale = tensors
 
@@ -124,10 +140,13 @@ def report(method: BlockSparseMethod, density: float, tensors: tuple, rounds: in
     def sparse():
         return method.prefill(query, key, value, scale=scale, layer=0)
 
+    def select():
+        if isinstance(method, DHSA):
+            return method.tokens(query, key, scale=scale, layer=0)
+        return method.block_mask(query, key, scale=scale)
+
     ratios = paired_ratio(dense, sparse, rounds=rounds)
-    whole, selecting = paired_times(
-        sparse, lambda: method.block_mask(query, key, scale=scale), rounds=rounds
-    )
+    whole, selecting = paired_times(sparse, select, rounds=rounds)
     share = statistics.median(selecting / whole)
     return (
         f"density {density:.3f}  {statistics.median(ratios):.2f} x dense SDPA "

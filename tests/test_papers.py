@@ -11,8 +11,6 @@ from tests.pipeline.toy import ROOT
 UNFINISHED = frozenset(
     {
         "sigmoid_attention",
-        "flexprefill",
-        "recycled_attention",
         "proxyattn",  # 622 CPU seconds, on a shared core
         "salient_relevance",  # 635 CPU seconds, on a shared core
     }

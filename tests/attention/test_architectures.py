@@ -92,6 +92,7 @@ MODELS = {
 LENGTH, STEPS = 48, 2
 UNROTATABLE = ("gemma3", "neox", "phi", "gpt2", "opt", "deepseek_v3")
 BLOCKS = {"block_size": 8}
+CHUNKS = {"block_size": 8, "local": 8, "sink": 2, "instruction": 0, "chunk": 4, "window": 1}
 SNAP = {"window": 4, "kernel": 3, "recent": 2, "sink": 1}
 # With room for everything, and with little.
 SETTINGS = {
@@ -109,6 +110,7 @@ SETTINGS = {
         {"gamma": 1.0, "min_budget": 0, "stride": 2, **BLOCKS},
         {"gamma": 0.5, "min_budget": 8, "stride": 2, **BLOCKS},
     ),
+    "dhsa": ({"budget": 99, **CHUNKS}, {"budget": 16, **CHUNKS}),
     "moa": ({}, {"length": LENGTH}),
     "streaming_llm": ({"window": 99, **BLOCKS}, {"sink": 8, "window": 16, **BLOCKS}),
     "vertical_slash": (

@@ -70,6 +70,13 @@ METHODS = {
         "Wang et al., ICLR 2026, arXiv 2509.24745",
         "groups must divide the number of key heads",
     ),
+    "dhsa": Registered(
+        f"{_PAPERS}.dhsa:DHSA",
+        "prefill",
+        "keys in chunks of varying length, one selection for all heads of a layer",
+        "Xiong et al., 2025, arXiv 2510.24606",
+        "boundaries from a predictor trained for the model; without one, from jumps between keys",
+    ),
     "moa": Registered(
         f"{_PAPERS}.moa:MoA",
         "prefill",

@@ -164,11 +164,16 @@ class RecycledAttention(KVSelection):
     ) -> None:
         """Selects anew after a full step."""
         state.importance = self.importance(weights)
-        selected = most_important(state.importance, state.budget, self.sink)
-        state.kept = torch.where(state.full[:, None, None], selected, state.kept)
+        if self._may_be_full(state):
+            selected = most_important(state.importance, state.budget, self.sink)
+            state.kept = torch.where(state.full[:, None, None], selected, state.kept)
+
+    def _may_be_full(self, state: RecycledCache) -> bool:
+        """Whether the schedule has a full step or a check here; known without waiting for a device."""
+        return self.stride is not None and state.step % self.stride == 0
 
     def _is_full(self, query: Tensor, state: RecycledCache) -> Bool[Tensor, " batch"]:
-        if self.stride is None or state.step % self.stride:
+        if not self._may_be_full(state):
             return torch.zeros_like(state.full)
         if self.threshold is None:
             return torch.ones_like(state.full)
@@ -178,11 +183,13 @@ class RecycledAttention(KVSelection):
         """The recycled cache without its least important entry, if it is full."""
         if not self.evict:
             return state.kept
-        # The newest entry is never evicted at once, whatever the token paid to itself.
+        # The newest entry is never evicted at once, whatever the token paid to itself; sinks never are.
         scores = state.importance.clone()
         scores[..., -1] = torch.finfo(scores.dtype).max
-        scores = scores.masked_fill(~state.kept, float("-inf"))
-        return most_important(scores, state.budget - 1, self.sink) & state.kept
+        scores[..., : self.sink] = float("inf")
+        least = scores.masked_fill(~state.kept, float("inf")).argmin(dim=-1, keepdim=True)
+        has_room = state.kept.sum(dim=-1, keepdim=True) < state.budget
+        return state.kept.scatter(-1, least, has_room)
 
 
 class RefreshedStreaming(RecycledAttention):

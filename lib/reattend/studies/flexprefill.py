@@ -27,8 +27,8 @@ STYLE = {
     "random": (COLOURS[3], "D"),
 }
 METRICS = {
+    "probability": "probability of the right answer\nminus dense, points",
     "answer NLL": "answer NLL above dense, nats",
-    "answer KL": "KL of answers from dense, nats",
     "prose NLL": "prose NLL above dense, nats",
 }
 
@@ -99,7 +99,7 @@ def draw_patterns(layers: Mapping[int, tuple], chosen: Mapping, block_size: int)
 
 
 def draw_curves(above: pd.DataFrame, gammas: Mapping[str, float]) -> Figure:
-    """Losses against measured density: FlexPrefill's gammas, fixed budgets, single placebos; 95 % intervals.
+    """Answers and losses against density: FlexPrefill's gammas, fixed budgets, placebos; 95 % intervals.
 
     Args:
         above: rows with "method", "setting", "density" and the metrics, above dense, one a prompt.
@@ -150,7 +150,11 @@ def draw_ablation(above: pd.DataFrame, arms: Mapping[str, str], main: str) -> Fi
         above: rows of FlexPrefill with "setting", "item", the metrics and "density".
         arms: label -> setting.
     """
-    panels = {"answer KL": "answer KL, nats", "prose NLL": "prose NLL, nats", "density": "density"}
+    panels = {
+        "probability": "probability, points",
+        "prose NLL": "prose NLL, nats",
+        "density": "density",
+    }
     fig, axes = plt.subplots(1, len(panels), figsize=(10, 2.6), sharey=True)
     for axis, (metric, label) in zip(axes, panels.items(), strict=True):
         table = above.pivot(index="item", columns="setting", values=metric)

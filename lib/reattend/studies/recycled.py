@@ -155,7 +155,9 @@ def follow(
     """
     stepwise = isinstance(method, KVSelection)
     reader = StepByStep(method, prompt) if stepwise else method
-    cache = copy.deepcopy(prompt.cache)
+    # Layers of its own over the prompt's tensors, which are never written to: new entries make new tensors.
+    cache = copy.copy(prompt.cache)
+    cache.layers = [copy.copy(layer) for layer in prompt.cache.layers]
     logits = prompt.logits[:, None]
     if given.shape[1] > 1:
         with attach(model, reader):

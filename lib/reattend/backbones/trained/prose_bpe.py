@@ -6,6 +6,7 @@ held-out documents, and neither did the tokenizer.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -44,11 +45,27 @@ def build(target: Path, profile: str) -> None:
     tokenizer.save(str(target / FILE))
 
 
+def first_merges(stored: dict, entries: int) -> dict:
+    """A stored BPE tokenizer that stops at `entries`: merges are in the order in which they were found.
+
+    Raises:
+        ValueError: for more entries than were trained, or fewer than special tokens and bytes take.
+    """
+    model = stored["model"]
+    least, most = len(SPECIAL) + 256, len(model["vocab"])
+    if not least <= entries <= most:
+        raise ValueError(f"a tokenizer of {entries} entries; it can have {least} to {most}")
+    kept = {entry: number for entry, number in model["vocab"].items() if number < entries}
+    merges = [pair for pair in model["merges"] if "".join(pair) in kept]
+    return stored | {"model": model | {"vocab": kept, "merges": merges}}
+
+
 class ProseTokenizer:
     """Token 1 closes a document; every text can be encoded, and decoding gives it back."""
 
-    def __init__(self, path: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(path))
+    def __init__(self, path: Path, entries: int = VOCABULARY) -> None:
+        stored = json.loads(path.read_text(encoding="utf8"))
+        self._tokenizer = Tokenizer.from_str(json.dumps(first_merges(stored, entries)))
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()
@@ -62,6 +79,6 @@ class ProseTokenizer:
         return self._tokenizer.decode(tokens.tolist())
 
 
-def load() -> ProseTokenizer:
-    """The tokenizer, built on first use."""
-    return ProseTokenizer(backbone_path("prose_bpe") / FILE)
+def load(entries: int = VOCABULARY) -> ProseTokenizer:
+    """The tokenizer, built on first use; fewer `entries` give the one that was trained to so many."""
+    return ProseTokenizer(backbone_path("prose_bpe") / FILE, entries)

@@ -1,0 +1,535 @@
+"""What SmolLM2 says of candidate lists under three attention masks, and readers trained on it.
+
+The language model stays as it is (training it takes seconds a step). It reads every prompt up to some
+layers under a mask: "full" causal attention, BlockRank's "block" mask with shared positions, or "random"
+blocks in place of the instruction and the document itself. On the states that enter a layer a reader is
+trained: low-rank changes of that layer's query and key projections, by the auxiliary loss, so that the
+attention of the signal tokens ranks the documents. The next-token loss is not trained.
+
+Files: `lists.json` and `scores.safetensors`; see `load`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import rotate_half
+
+from reattend.attention.dense import causal_token_mask, dense_attention
+from reattend.backbones.pretrained import smollm2
+from reattend.backbones.store import backbone_path
+from reattend.data.verse_lists import VerseList, verse_lists
+from reattend.text_matching.blockrank import (
+    auxiliary_loss,
+    head_scores,
+    shared_positions,
+    states_entering,
+    visible,
+)
+from reattend.training.loop import TrainingLog, TrainingPlan, train
+from reattend.trunks.encoders import index_batches
+
+MASKS = ("full", "block", "random")
+OFFSET = 1_024  # position of the query segment under the last two masks
+TEMPERATURE = 0.05
+SIGNALS = 2  # tokens that end the prompt: ":" and " ["
+
+
+# Prompts ------------------------------------------------------------------------------------------
+
+
+def prompt_blocks(tokenizer: PreTrainedTokenizerBase, item: VerseList) -> list[list[int]]:
+    """Token ids of the instruction, each document and the query segment, tokenised apart.
+
+    The paper's prompt, shortened, in SmolLM2's chat format; the answer's first token is the last one.
+    """
+    texts = [
+        "<|im_start|>user\nFind the document that says the same as the query.\n"
+        f"Query: {item.query}\nDocuments:"
+    ]
+    texts += [
+        f"\nID: {number} | CONTENT: {text} | END ID: {number}"
+        for number, text in enumerate(item.documents)
+    ]
+    texts.append(
+        f"\nQuery: {item.query}\nThe following document can help answer the query:<|im_end|>\n"
+        "<|im_start|>assistant\nFinal Answer: ["
+    )
+    return [tokenizer(text).input_ids for text in texts]
+
+
+def joined(
+    prompts: Sequence[Sequence[Sequence[int]]],
+) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
+    """Token ids and block numbers of prompts, block behind block, padded on the left with block -1."""
+    rows = [[token for block in prompt for token in block] for prompt in prompts]
+    numbers = [[m for m, block in enumerate(prompt) for _ in block] for prompt in prompts]
+    longest = max(map(len, rows))
+    ids = [[0] * (longest - len(row)) + row for row in rows]
+    return torch.tensor(ids), torch.tensor([[-1] * (longest - len(n)) + n for n in numbers])
+
+
+# Masks --------------------------------------------------------------------------------------------
+
+
+def random_blocks(
+    block: Int[Tensor, "batch tokens"], generator: Generator
+) -> Bool[Tensor, "batch tokens tokens"]:
+    """The placebo: every document sees two blocks drawn from the instruction and all documents.
+
+    As many blocks as BlockRank gives it, and always its own token; own blocks stay causal. Instruction
+    and query segment see what they see there.
+    """
+    last = int(block.max())
+    luck = torch.rand(len(block), last, last, generator=generator)
+    chosen = torch.zeros(len(block), last + 1, last + 1, dtype=torch.bool)
+    chosen[:, 1:last, :last] = F.one_hot(luck.topk(2).indices[:, 1:], last).sum(2).bool()
+    rows = torch.arange(len(block))[:, None, None]
+    seen = chosen[rows, block.clamp(min=0)[:, :, None], block.clamp(min=0)[:, None, :]]
+    own = block[:, :, None] == block[:, None, :]
+    causal = causal_token_mask(block.shape[1], block.shape[1])
+    itself = torch.eye(block.shape[1], dtype=torch.bool)
+    document = ((block > 0) & (block < last))[:, :, None]
+    seen = (seen & (~own | causal)) | itself
+    return torch.where(document, seen & (block >= 0)[:, None], visible(block))
+
+
+class Masked:
+    """Attention of the trunk under one of MASKS; "random" draws anew in every layer."""
+
+    def __init__(self, mask: str, block: Int[Tensor, "batch tokens"], generator: Generator) -> None:
+        self.block, self.random, self.generator = block, mask == "random", generator
+        real = block >= 0
+        self.allowed = visible(block)
+        if mask == "full":
+            self.allowed = causal_token_mask(*[block.shape[1]] * 2) & real[:, None]
+        self.positions = shared_positions(block, OFFSET)
+        if mask == "full":
+            self.positions = (real.cumsum(1) - 1).clamp(min=0)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        allowed = random_blocks(self.block, self.generator) if self.random else self.allowed
+        # A row of padding has nothing to see: it may see everything, and nobody sees it.
+        allowed = (allowed | (self.block < 0)[:, :, None])[:, None]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=True)
+
+
+# Readers ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a reader of one layer is given: projections of document and signal tokens, and their inputs.
+
+    Attributes:
+        inputs, signal_inputs: normalised states that enter the layer, of document tokens (padded on the
+            right) and of the signal tokens.
+        key, query: the model's own projections of them, before the rotary embedding.
+        turn, signal_turn: cosine and sine of each one's position.
+        document: number of each document token's document, -1 for padding.
+    """
+
+    inputs: Float[Tensor, "prompts tokens width"]
+    signal_inputs: Float[Tensor, "prompts signals width"]
+    key: Float[Tensor, "prompts tokens key_width"]
+    query: Float[Tensor, "prompts signals query_width"]
+    turn: Float[Tensor, "prompts tokens 2 dim"]
+    signal_turn: Float[Tensor, "prompts signals 2 dim"]
+    document: Int[Tensor, "prompts tokens"]
+
+    def __getitem__(self, index: Tensor) -> Seen:
+        return Seen(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+
+@torch.no_grad()
+def read(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    mask: str,
+    layers: Sequence[int],
+    seed: int,
+    names: Int[Tensor, " documents"] | None = None,
+    batch: int = 8,
+) -> tuple[dict[int, Seen], Float[Tensor, "prompts documents"] | None]:
+    """What readers of `layers` are given of all prompts under one mask; the model's own answer, if asked for.
+
+    Args:
+        seed: of the random blocks.
+        names: token ids of the documents' numbers, whose logits as the next token are wanted.
+    """
+    generator, end = Generator().manual_seed(seed), len(model.model.layers)
+    parts: dict[int, list[Seen]] = {layer: [] for layer in layers}
+    logits = []
+    order = torch.tensor([sum(map(len, p)) for p in prompts]).argsort(stable=True)
+    for rows in order.split(batch):
+        ids, block = joined([prompts[i] for i in rows.tolist()])
+        attend = Masked(mask, block, generator)
+        asked = layers if names is None else [*layers, end]
+        states = states_entering(model, ids, attend.positions, attend, asked)
+        for layer in layers:
+            parts[layer].append(_seen(model, layer, states[layer], block, attend.positions))
+        if names is not None:
+            last = model.model.norm(states[end][:, -1]).float()
+            logits.append(last @ model.lm_head.weight[names].float().T)
+    back = order.argsort()
+    seen = {layer: _together(of_layer)[back] for layer, of_layer in parts.items()}
+    return seen, torch.cat(logits)[back] if logits else None
+
+
+def _seen(
+    model: PreTrainedModel, number: int, states: Tensor, block: Tensor, positions: Tensor
+) -> Seen:
+    layer = model.model.layers[number]
+    last = block.amax(1, keepdim=True)
+    document = torch.where((block > 0) & (block < last), block - 1, -1)
+    # Document tokens first, in order, then the rest, which is cut off as far as possible.
+    chosen = (document < 0).long().argsort(dim=1, stable=True)
+    chosen = chosen[:, : int((document >= 0).sum(1).max())]
+    document = document.gather(1, chosen)
+    rows = torch.arange(len(block))[:, None]
+    turn = torch.stack(model.model.rotary_emb(states.float(), positions), 2)
+    normed = layer.input_layernorm(states)
+    inputs, signals = normed[rows, chosen], normed[:, -SIGNALS:]
+    key, query = layer.self_attn.k_proj(inputs), layer.self_attn.q_proj(signals)
+    return Seen(inputs, signals, key, query, turn[rows, chosen], turn[:, -SIGNALS:], document)
+
+
+def _together(parts: Sequence[Seen]) -> Seen:
+    """Batches behind each other, padded to the longest."""
+    longest = max(part.document.shape[1] for part in parts)
+
+    def one(name: str) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        if name in ("inputs", "key", "turn", "document"):
+            fill = -1 if name == "document" else 0
+            sizes = [longest - x.shape[1] for x in tensors]
+            tensors = [
+                F.pad(x, (0, 0) * (x.dim() - 2) + (0, size), value=fill)
+                for x, size in zip(tensors, sizes, strict=True)
+            ]
+        return torch.cat(tensors)
+
+    return Seen(*map(one, Seen.__dataclass_fields__))
+
+
+class Reader(nn.Module):
+    """Scores documents by a layer's attention, with low-rank changes of W_q and W_k.
+
+    Starts at the model's own attention: the second factor of each change is 0.
+
+    Args:
+        seen: an example of what it will be given, for the widths.
+        heads, key_heads: of the layer.
+        documents: N.
+        rank: of both changes.
+        generator: of the first factors.
+    """
+
+    def __init__(
+        self,
+        seen: Seen,
+        heads: int,
+        key_heads: int,
+        documents: int,
+        rank: int,
+        generator: Generator,
+    ) -> None:
+        super().__init__()
+        self.heads, self.key_heads, self.documents = heads, key_heads, documents
+        width = seen.inputs.shape[-1]
+
+        def factors(outputs: int) -> nn.ParameterList:
+            first = torch.randn(width, rank, generator=generator) / width**0.5
+            return nn.ParameterList([first, torch.zeros(rank, outputs)])
+
+        self.query, self.key = factors(seen.query.shape[-1]), factors(seen.key.shape[-1])
+
+    def by_head(self, seen: Seen) -> Float[Tensor, "prompts heads documents"]:
+        """S of every head."""
+        query = seen.query.float() + seen.signal_inputs.float() @ self.query[0] @ self.query[1]
+        key = seen.key.float() + seen.inputs.float() @ self.key[0] @ self.key[1]
+        return head_scores(
+            _turned(query, self.heads, seen.signal_turn),
+            _turned(key, self.key_heads, seen.turn),
+            seen.document,
+            self.documents,
+        )
+
+    def forward(self, seen: Seen) -> Float[Tensor, "prompts documents"]:
+        """S, mean over heads and signal tokens."""
+        return self.by_head(seen).mean(1)
+
+
+def _turned(x: Tensor, heads: int, turn: Tensor) -> Float[Tensor, "prompts heads tokens dim"]:
+    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    cosine, sine = turn[:, None, :, 0], turn[:, None, :, 1]
+    return x * cosine + rotate_half(x) * sine
+
+
+def fit_reader(
+    reader: Reader,
+    seen: Seen,
+    right: Int[Tensor, " prompts"],
+    plan: TrainingPlan,
+    batches: Iterator,
+) -> TrainingLog:
+    """Train a reader by L_aux on batches of positions among the prompts."""
+    positive = F.one_hot(right, reader.documents).bool()
+
+    def loss(reader: Reader, rows: Tensor) -> Tensor:
+        return auxiliary_loss(reader(seen[rows]), positive[rows], TEMPERATURE)
+
+    return train(reader, batches, loss, plan)
+
+
+# Where the dense model looks ------------------------------------------------------------------------
+
+
+class Shares:
+    """Causal attention on one prompt that notes, layer by layer, where its rows look.
+
+    Attributes:
+        between: a layer, a row: attention of document tokens to other documents as a share of that to
+            own and other documents, over the same share of uniform causal attention; for the documents,
+            and for pseudo-documents that begin and end half a document later.
+        segments: a layer, a row: mean attention of document tokens to the first token, the rest of the
+            instruction, the own and the other documents; then of the signal tokens to the first token,
+            the rest of the instruction, the right document, the others and the query segment.
+    """
+
+    def __init__(self, block: Int[Tensor, " tokens"], right: int) -> None:
+        self.block, self.last, self.right = block, int(block.max()), right
+        sizes = block.bincount()
+        within = torch.cat([torch.arange(size) for size in sizes.tolist()])
+        document = (block > 0) & (block < self.last)
+        later = (2 * within >= sizes[block]) & document
+        self.parts = [
+            torch.where(document, block, 0),
+            torch.where(document, block + later.long(), 0),
+        ]
+        self.uniform = [self._other_share(_uniform(len(block)), part) for part in self.parts]
+        self.between: list[list[float]] = []
+        self.segments: list[list[float]] = []
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, weights = dense_attention(query, key, value, causal=True, return_weights=True)
+        mean = weights[0].mean(0)
+        shares = [self._other_share(mean, part) for part in self.parts]
+        self.between.append([s / u for s, u in zip(shares, self.uniform, strict=True)])
+        self.segments.append(self._segments(mean))
+        return output
+
+    def _other_share(self, weights: Tensor, part: Int[Tensor, " tokens"]) -> float:
+        among = weights * ((part > 0)[:, None] & (part > 0))
+        own = (among * (part[:, None] == part)).sum()
+        return float(1 - own / among.sum())
+
+    def _segments(self, weights: Tensor) -> list[float]:
+        mass = weights @ F.one_hot(self.block, self.last + 1).to(weights.dtype)
+        sink = weights[:, 0]
+        document = self.parts[0] > 0
+        own = mass.gather(1, self.block[:, None])[:, 0]
+        every = mass[:, 1 : self.last].sum(1)
+        right = mass[:, self.right + 1]
+        of_documents = [sink, mass[:, 0] - sink, own, every - own]
+        of_signals = [sink, mass[:, 0] - sink, right, every - right, mass[:, self.last]]
+        return [x[document].mean().item() for x in of_documents] + [
+            x[-SIGNALS:].mean().item() for x in of_signals
+        ]
+
+
+def _uniform(tokens: int) -> Float[Tensor, "tokens tokens"]:
+    seen = causal_token_mask(tokens, tokens).float()
+    return seen / seen.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def shares(
+    model: PreTrainedModel, prompts: Sequence[Sequence[Sequence[int]]], lists: Sequence[VerseList]
+) -> tuple[Float[Tensor, "prompts layers 2"], Float[Tensor, "prompts layers 9"]]:
+    """`between` and `segments` of every layer of the dense model (see `Shares`), prompt by prompt."""
+    between, segments = [], []
+    for prompt, item in zip(prompts, lists, strict=True):
+        ids, block = joined([prompt])
+        noted = Shares(block[0], item.right)
+        places = torch.arange(ids.shape[1])[None]
+        states_entering(model, ids, places, noted, [len(model.model.layers)])
+        between.append(noted.between)
+        segments.append(noted.segments)
+    return torch.tensor(between), torch.tensor(segments)
+
+
+# The build ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much is read and trained in one profile.
+
+    Attributes:
+        train, test: prompts.
+        documents: N of each.
+        looked: test prompts of which all attention is looked at.
+        layer: l*, under every mask.
+        layers: further ones under the full mask.
+        seeds: readers of each kind; each trains on its own bootstrap draw of the training prompts.
+        rank, steps, learning_rate, batch: of a reader and its training.
+    """
+
+    train: int
+    test: int
+    documents: int
+    looked: int
+    seeds: int
+    steps: int
+    learning_rate: float = 3e-3
+    rank: int = 8
+    batch: int = 16
+    layer: int = 16
+    layers: tuple[int, ...] = (6, 11, 26)
+
+
+SETTINGS = {
+    "smoke": Setting(train=12, test=8, documents=4, looked=3, seeds=3, steps=4, batch=8),
+    "cpu": Setting(train=240, test=220, documents=8, looked=24, seeds=4, steps=150),
+    "gpu": Setting(train=4_000, test=960, documents=8, looked=240, seeds=16, steps=1_000, batch=32),
+}
+DEALT, LONGER = "block, documents at random", "full, twice the steps"
+
+
+def arms(setting: Setting) -> dict[str, tuple[str, int]]:
+    """Mask and layer of every kind of reader.
+
+    Two kinds are no other mask or layer: one learns to find a document drawn at random, one is trained
+    twice as long.
+    """
+    here = {mask: (mask, setting.layer) for mask in MASKS}
+    others = {f"full, layer {layer}": ("full", layer) for layer in setting.layers}
+    return here | others | {DEALT: ("block", setting.layer), LONGER: ("full", setting.layer)}
+
+
+def build(target: Path, profile: str) -> None:
+    """Read all prompts, train all readers, and write their scores into the empty directory `target`."""
+    setting = SETTINGS[profile]
+    model, tokenizer = smollm2.load(dtype=torch.bfloat16)
+    lists = verse_lists(setting.train, setting.documents, "train", 0)
+    lists += verse_lists(setting.test, setting.documents, "test", 0)
+    prompts = [prompt_blocks(tokenizer, item) for item in lists]
+    right = torch.tensor([item.right for item in lists])
+    tensors: dict[str, Tensor] = {}
+    names = torch.tensor(
+        [tokenizer.convert_tokens_to_ids(str(n)) for n in range(setting.documents)]
+    )
+    looked = slice(setting.train, setting.train + setting.looked)
+    tensors["between"], tensors["segments"] = shares(model, prompts[looked], lists[looked])
+    drawn = [_draw(setting, seed) for seed in range(setting.seeds)]
+    tensors["drawn"] = torch.stack([d.bincount(minlength=setting.train) for d in drawn])
+    kinds = arms(setting)
+    for mask in MASKS:
+        layers = sorted({layer for other, layer in kinds.values() if other == mask})
+        asked = names if mask == "full" else None
+        seen, answers = read(model, prompts, mask, layers, seed=0, names=asked)
+        if answers is not None:
+            tensors["decoded"] = answers
+        print(f"{mask}: read", flush=True)
+        for arm, (_, layer) in ((a, k) for a, k in kinds.items() if k[0] == mask):
+            trained, losses, untrained = _readers(arm, seen[layer], right, drawn, setting, model)
+            tensors |= {f"{arm}/scores": trained, f"{arm}/losses": losses}
+            tensors[f"{arm}/untrained"] = untrained
+            print(f"{arm}: trained", flush=True)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, target / "scores.safetensors")
+    (target / "lists.json").write_text(
+        json.dumps([asdict(item) for item in lists]), encoding="utf8"
+    )
+
+
+def _draw(setting: Setting, seed: int) -> Int[Tensor, " train"]:
+    """A bootstrap draw of the training prompts."""
+    generator = Generator().manual_seed(seed)
+    return torch.randint(setting.train, (setting.train,), generator=generator)
+
+
+def _readers(
+    arm: str,
+    seen: Seen,
+    right: Int[Tensor, " prompts"],
+    drawn: Sequence[Int[Tensor, " train"]],
+    setting: Setting,
+    model: PreTrainedModel,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of all prompts by one reader a seed, the losses of each, and the scores of untrained heads."""
+    steps = setting.steps * (2 if arm == LONGER else 1)
+    plan = TrainingPlan(steps, setting.learning_rate, weight_decay=0.0, warmup=steps // 10)
+    heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    scores, losses, untrained = [], [], None
+    for seed, rows in enumerate(drawn):
+        generator = Generator().manual_seed(seed)
+        reader = Reader(seen, *heads, setting.documents, setting.rank, generator)
+        if untrained is None:
+            untrained = _outputs(reader.by_head, seen)
+        target = right
+        if arm == DEALT:
+            target = torch.randint(setting.documents, right.shape, generator=generator)
+        order = index_batches(setting.train, setting.batch, seed)
+        batches = (rows[index] for index in order)
+        losses.append(fit_reader(reader, seen, target, plan, batches).losses)
+        scores.append(_outputs(reader, seen))
+    return torch.stack(scores), torch.tensor(losses), untrained
+
+
+@torch.no_grad()
+def _outputs(score: Callable[[Seen], Tensor], seen: Seen) -> Tensor:
+    return torch.cat([score(seen[rows]) for rows in torch.arange(len(seen)).split(128)])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was found in a profile; items are training prompts, then test prompts.
+
+    Attributes:
+        lists: the prompts' queries and documents.
+        train: number of training prompts.
+        scores: by kind of reader (see `arms`), S of every reader.
+        untrained: by kind of reader, S of every head of the layer as it is.
+        losses: by kind of reader, of every training step.
+        drawn: how often each training prompt is in the draw of a seed.
+        decoded: logits of the documents' numbers under the full mask.
+        between, segments: see `Shares`, the first test prompts.
+    """
+
+    lists: list[VerseList]
+    train: int
+    scores: dict[str, Float[Tensor, "seeds items documents"]]
+    untrained: dict[str, Float[Tensor, "items heads documents"]]
+    losses: dict[str, Float[Tensor, "seeds steps"]]
+    drawn: Int[Tensor, "seeds train"]
+    decoded: Float[Tensor, "items documents"]
+    between: Float[Tensor, "looked layers 2"]
+    segments: Float[Tensor, "looked layers 9"]
+
+
+def load(profile: str = "cpu") -> Asked:
+    """All that was found in a profile; builds it first when it is missing."""
+    directory = backbone_path("blockrank", profile)
+    facts = json.loads((directory / "lists.json").read_text(encoding="utf8"))
+    lists = [VerseList(f["query"], tuple(f["documents"]), f["right"]) for f in facts]
+    tensors = load_file(directory / "scores.safetensors")
+    kinds = [name.removesuffix("/scores") for name in tensors if name.endswith("/scores")]
+    by_kind = (
+        {kind: tensors[f"{kind}/{part}"] for kind in kinds}
+        for part in ("scores", "untrained", "losses")
+    )
+    others = (tensors[name] for name in ("drawn", "decoded", "between", "segments"))
+    return Asked(lists, SETTINGS[profile].train, *by_kind, *others)
