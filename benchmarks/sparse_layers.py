@@ -25,11 +25,13 @@ from reattend.data.needles import Haystack
 from reattend.data.prose import documents
 from reattend.long_context.dhsa import DHSA, BoundaryPredictor
 from reattend.long_context.flexprefill import FlexPrefill
+from reattend.long_context.moa import MoA, Plan, Rule
 from reattend.long_context.proxyattn import ProxyAttn
 from reattend.timing import paired_ratio, paired_times
 
 GAMMAS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+SHARES = (0.02, 0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15)
 
 
 class Keep(AttentionMethod):
@@ -70,11 +72,18 @@ def candidates(
             ProxyAttn(gamma=gamma, stride=2, min_budget=2 * block_size, block_size=block_size)
             for gamma in GAMMAS
         ],
+        "MoA": [MoA(plan=uneven_plan(share, block_size)) for share in SHARES],
         "vertical-slash": [
             VerticalSlash(verticals=count, slashes=count, block_size=block_size) for count in COUNTS
         ],
         "block top-k": [BlockTopK(k=count, block_size=block_size) for count in COUNTS],
     }
+
+
+def uneven_plan(share: float, block_size: int) -> Plan:
+    """Spans of an eighth, once and fifteen eighths a share of the prompt, for the three key heads."""
+    rules = tuple(Rule(0, share * times) for times in (0.125, 1.0, 1.875))
+    return Plan((rules,), block_size=block_size)
 
 
 def densest(methods: list[BlockSparseMethod | DHSA], tensors: tuple, limit: float):

@@ -29,6 +29,7 @@ from reattend.attention.host import _OPEN, attach
 from reattend.attention.kv_selection import Combined, join_rows, matching_rows
 from reattend.attention.registry import build_method
 from reattend.long_context.act import ACT
+from reattend.long_context.moa import Plan, Rule
 from reattend.long_context.recycled_attention import RecycledAttention
 from reattend.long_context.seer_attention import AttentionGates
 
@@ -47,7 +48,9 @@ SHAPE = {
     "eos_token_id": None,
 }
 SNAP = {"capacity": 8, "window": 4, "kernel": 3, "recent": 2, "sink": 1}
+SPANS = (Rule(4, 0.25), Rule(-4, 0.5), Rule(8, 0.0))
 METHODS = {
+    "moa": {"plan": Plan((SPANS, SPANS[::-1]), block_size=4), "length": 30},
     "quest": {"budget": 8, "page": 2},
     "snapkv": SNAP,
     "ada_snapkv": SNAP,
@@ -406,6 +409,7 @@ def test_scores_beyond_the_largest_half(name, dtype):
     key[..., 0] = 250 + torch.arange(48).to(dtype) / 8
     full = {"capacity": 100, "window": 4, "recent": 2} if "snap" in name else {"budget": 100}
     full = {"k": 100, "dense_layers": 0} if name == "hip_decoding" else full
+    full = {"plan": Plan(((Rule(0, 1.0),),))} if name == "moa" else full
     method = build_method(name, **({} if name == "dense" else full))
     method.begin_decoding(query, key[:, :, :47], scale=1 / 8, layer=0)
     ours = method.decode(query, key, value, scale=1 / 8, layer=0)
@@ -423,7 +427,7 @@ def test_the_choice_in_half_precision_is_that_of_float32(name, dtype):
     query, key, value = (
         torch.randn(1, heads, 700, 16, generator=generator).to(dtype) for heads in (4, 2, 2)
     )
-    settings = METHODS[name]
+    settings = {"plan": Plan((SPANS[:2],))} if name == "moa" else METHODS[name]
     states = []
     for kind in (dtype, torch.float32):
         method = build_method(name, **settings)

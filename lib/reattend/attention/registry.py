@@ -77,6 +77,13 @@ METHODS = {
         "Xiong et al., 2025, arXiv 2510.24606",
         "boundaries from a predictor trained for the model; without one, from jumps between keys",
     ),
+    "moa": Registered(
+        f"{_PAPERS}.moa:MoA",
+        "prefill",
+        "sinks and a window of its own for each head, in the prompt and behind it",
+        "Fu et al., 2024, arXiv 2406.14909",
+        "a plan made for the model (`reattend.long_context.moa.Plan`), or its json file",
+    ),
     "streaming_llm": Registered(
         f"{_BASELINES}.streaming_llm:StreamingLLM",
         "prefill",
