@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.decomposition import TruncatedSVD
 from torch.nn import functional as F
 
 from reattend.backbones.trained import kalm_heads
@@ -18,8 +19,10 @@ from reattend.backbones.trained.kalm_heads import (
     fit_head,
     head_batches,
     piece_means,
+    principal_axes,
     untrained_head,
 )
+from reattend.training.contrastive import answer_log_probability
 
 WIDTH = 16
 
@@ -71,17 +74,17 @@ def test_gamma_zero_and_no_more_negatives_is_info_nce_by_hand():
     assert loss(Arm(1e-3), batch)[0] == pytest.approx(wanted.item(), rel=1e-5)
 
 
-def test_permuted_and_mean_weights_keep_the_mean_weight_but_not_its_place():
+def test_permuted_weights_are_the_same_weights_on_other_queries():
     batch = one_batch()
-    own, permuted, even = (
-        loss(Arm(1e-3, gamma=0.5, weighting=w), batch) for w in ("own", "permuted", "mean")
-    )
-    plain = loss(Arm(1e-3), batch)
+    own, permuted = (loss(Arm(1e-3, gamma=0.5, permuted=p), batch) for p in (False, True))
     assert own[0] > permuted[0]  # hard queries keep the large weights
-    assert even[0] < plain[0]
-    cosine = F.cosine_similarity(even[1].flatten(), plain[1].flatten(), dim=0)
-    assert cosine.item() == pytest.approx(1, abs=1e-5)  # the direction is that of InfoNCE
-    assert F.cosine_similarity(permuted[1].flatten(), plain[1].flatten(), dim=0) < 0.9999
+    head = untrained_head(WIDTH)
+    log_p = answer_log_probability(
+        batch.logits(head(batch.queries), head(batch.documents), Arm(1e-3))
+    )
+    weights = (1 - log_p.exp()).sqrt()
+    assert own[0] == pytest.approx(-(weights * log_p).mean().item(), rel=1e-5)
+    assert permuted[0] == pytest.approx(-(weights[batch.order] * log_p).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("more", ["mixed", "duplicates", "others"])
@@ -112,6 +115,20 @@ def test_distillation_from_the_head_itself_has_no_gradient():
     value, gradient = loss(Arm(1e-3, contrast=0.0, distil=1.0), batch)
     assert abs(value) < 1e-5
     assert gradient.abs().max() < 1e-5
+
+
+def test_a_start_on_axes_changes_no_cosine_and_puts_most_first():
+    x = pool().documents * torch.linspace(0.2, 3, WIDTH)
+    axes = principal_axes(x)
+    torch.testing.assert_close(axes @ axes.T, torch.eye(WIDTH), rtol=0, atol=1e-5)
+    unit = F.normalize(x, dim=-1)
+    torch.testing.assert_close(
+        (unit @ axes.T) @ (unit @ axes.T).T, unit @ unit.T, rtol=0, atol=1e-5
+    )
+    reference = TruncatedSVD(3, algorithm="arpack", random_state=0).fit(unit.numpy())
+    torch.testing.assert_close(
+        axes[:3].abs(), torch.from_numpy(reference.components_).abs(), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", [*ARMS, *MORE_ARMS])

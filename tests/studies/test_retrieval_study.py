@@ -1,19 +1,12 @@
-"""Judging retrieval: the fitted temperature, likelihood by hand, and principal axes."""
+"""Judging retrieval: cosines, the fitted temperature, and likelihood by hand."""
 
 import math
 
 import pytest
 import torch
-from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
-from reattend.studies.retrieval import (
-    cosines,
-    fitted_temperature,
-    judge,
-    log_likelihood,
-    principal_axes,
-)
+from reattend.studies.retrieval import cosines, fitted_temperature, judge, log_likelihood
 
 
 def noisy(n=200, seed=0):
@@ -42,13 +35,6 @@ def test_a_common_scale_changes_no_judgement_and_validation_gives_the_temperatur
     assert found.log_likelihood == log_likelihood(test, fitted_temperature(validation))
 
 
-def test_cosines_and_axes_are_those_of_torch_and_scikit_learn():
+def test_cosines_are_those_of_torch():
     x = torch.randn(60, 7, generator=torch.Generator().manual_seed(0)).double()
-    wanted = F.cosine_similarity(x[:, None], x[None], dim=-1)
-    torch.testing.assert_close(cosines(x, x), wanted)
-    centre, axes = principal_axes(x, 3)
-    reference = PCA(3).fit(F.normalize(x, dim=-1).numpy())
-    found = (F.normalize(x, dim=-1) - centre) @ axes
-    torch.testing.assert_close(
-        found.abs(), torch.from_numpy(reference.transform(F.normalize(x, dim=-1).numpy())).abs()
-    )
+    torch.testing.assert_close(cosines(x, x), F.cosine_similarity(x[:, None], x[None], dim=-1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 from reattend.data.images import split_of
 from reattend.data.wordnet import nouns
@@ -43,16 +44,8 @@ def word_glosses(split: str, count: int | None = None, longest: int = 16) -> Ret
     Raises:
         ValueError: for a split without queries.
     """
-    known = nouns()
-    senses = Counter(word.lower() for synset in known.synsets.values() for word in synset.words)
-    meant = Counter(synset.definition for synset in known.synsets.values())
-
-    def asked(number: int) -> bool:
-        word, definition = known[number].words[0], known[number].definition
-        plain = word.replace(" ", "").isalpha() and word == word.lower() and senses[word] == 1
-        return plain and meant[definition] == 1 and 3 <= len(definition.split()) <= longest
-
-    chosen = [n for n in sorted(known.synsets) if asked(n) and split_of(f"synset {n}") == split]
+    known, askable = nouns(), _askable(longest)
+    chosen = [n for n in sorted(askable) if split_of(f"synset {n}") == split]
     if not chosen:
         raise ValueError(f"no query is in the split '{split}': take train, validation or test")
     random.Random(0).shuffle(chosen)
@@ -60,10 +53,24 @@ def word_glosses(split: str, count: int | None = None, longest: int = 16) -> Ret
 
     def siblings(number: int) -> tuple[str, ...]:
         beside = {c for parent in known[number].hypernyms for c in known.children[parent]}
-        return tuple(known[n].definition for n in sorted(beside - {number}) if not asked(n))
+        return tuple(known[n].definition for n in sorted(beside - askable))
 
     return RetrievalSet(
         tuple(known[n].words[0] for n in chosen),
         tuple(known[n].definition for n in chosen),
         tuple(siblings(n) for n in chosen),
     )
+
+
+@cache
+def _askable(longest: int) -> frozenset[int]:
+    """Senses whose first word is a query; definitions have 3 to `longest` words."""
+    known = nouns()
+    senses = Counter(word.lower() for synset in known.synsets.values() for word in synset.words)
+    meant = Counter(synset.definition for synset in known.synsets.values())
+
+    def fits(word: str, definition: str) -> bool:
+        plain = word.replace(" ", "").isalpha() and word == word.lower() and senses[word] == 1
+        return plain and meant[definition] == 1 and 3 <= len(definition.split()) <= longest
+
+    return frozenset(n for n, s in known.synsets.items() if fits(s.words[0], s.definition))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 from torch import Tensor
@@ -62,13 +61,3 @@ def judge(
         ndcg(ranks_of_answers(test)).mean().item(),
         temperature,
     )
-
-
-def principal_axes(
-    documents: Float[Tensor, "documents width"], dim: int
-) -> tuple[Float[Tensor, " width"], Float[Tensor, "width dim"]]:
-    """Mean and first principal axes of unit vectors, for vectors cut to `dim` numbers after training."""
-    unit = F.normalize(documents, dim=-1)
-    centre = unit.mean(0)
-    axes = torch.linalg.svd((unit - centre).double(), full_matrices=False).Vh[:dim]
-    return centre, axes.T.to(documents.dtype)
