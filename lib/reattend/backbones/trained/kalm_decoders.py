@@ -44,11 +44,11 @@ class Reading:
     rate: float
 
 
-COMPARED = ("free mask, mean", "causal mask, mean", "causal mask, last token")
+COMPARED = ("free mask, mean", "causal mask, mean")
 """Readings that claims are about; of the others one seed is trained, for the table."""
 READINGS = {
-    "free mask, mean": Reading(False, "mean", 1e-3),
-    "causal mask, mean": Reading(True, "mean", 1e-3),
+    "free mask, mean": Reading(False, "mean", 3e-3),
+    "causal mask, mean": Reading(True, "mean", 3e-3),
     "free mask, last token": Reading(False, "last", 1e-3),
     "causal mask, last token": Reading(True, "last", 1e-3),
 }
@@ -60,7 +60,7 @@ class SmallDecoder(nn.Module):
     Since the head is a linear map of its own, states need not give up the word that they stand at.
     """
 
-    def __init__(self, table: Float[Tensor, "pieces {WIDTH}"]) -> None:
+    def __init__(self, table: Float[Tensor, "pieces narrow"]) -> None:
         super().__init__()
         config = LlamaConfig(
             vocab_size=len(table),
@@ -75,7 +75,7 @@ class SmallDecoder(nn.Module):
         self.head = nn.Linear(WIDTH, WIDTH)
 
 
-def narrow_table(table: Float[Tensor, "pieces wide"]) -> Float[Tensor, "pieces {WIDTH}"]:
+def narrow_table(table: Float[Tensor, "pieces wide"]) -> Float[Tensor, "pieces narrow"]:
     """MiniLM's input vectors on their principal axes, scaled to a standard deviation of .5."""
     axes = torch.linalg.svd(table - table.mean(0), full_matrices=False).Vh[:WIDTH]
     narrow = table @ axes.T
@@ -156,7 +156,7 @@ class Setting:
 
 SETTINGS = {
     "smoke": Setting(90, 70, 40, 3, 2, 3),
-    "cpu": Setting(17_000, 12_000, 1_000, 300, 200, 4),
+    "cpu": Setting(17_000, 12_000, 1_000, 300, 200, 6),
     "gpu": Setting(17_000, 12_000, 2_000, 4_000, 2_000, 16),
 }
 INPUTS = "mean of its input vectors"  # the reading without any layer

@@ -263,16 +263,16 @@ ARMS = {
     "KL": Arm(6e-4, contrast=0.0, distil=1.0),
     "CL + KL": Arm(6e-4, distil=1.0),
     "KL, teacher dealt anew": Arm(3e-4, contrast=0.0, distil=1.0, teacher="dealt"),
-    "InfoNCE on axes": Arm(3e-4, on_axes=True),
-    "Matryoshka on axes": Arm(3e-4, matryoshka=True, on_axes=True),
+    "InfoNCE on axes": Arm(6e-4, on_axes=True),
+    "Matryoshka on axes": Arm(6e-4, matryoshka=True, on_axes=True),
     "InfoNCE, twice the steps": Arm(3e-4, steps=2),
 }
 """Trained with every seed."""
 MORE_ARMS = {
     "mixtures of others": Arm(3e-4, more="others"),
-    "InfoNCE at .01": Arm(3e-4, temperature=0.01),
-    "focal at .01": Arm(3e-4, gamma=0.5, temperature=0.01),
-    "KL at .01": Arm(6e-4, contrast=0.0, distil=1.0, soft=0.01),
+    "InfoNCE at .01": Arm(1e-4, temperature=0.01),
+    "focal at .01": Arm(1e-4, gamma=0.5, temperature=0.01),
+    "KL at .01": Arm(3e-4, contrast=0.0, distil=1.0, soft=0.01),
     "KL at .2": Arm(6e-4, contrast=0.0, distil=1.0, soft=0.2),
     "focal + mixing + KL": Arm(6e-4, gamma=0.5, more="mixed", distil=1.0),
     "mixing + KL": Arm(6e-4, more="mixed", distil=1.0),
