@@ -304,7 +304,7 @@ class Setting:
 
 SETTINGS = {
     "smoke": Setting(120, 80, 40, 2, 3, 1),
-    "cpu": Setting(5_000, 2_000, 1_000, 250, 6, 3),
+    "cpu": Setting(5_000, 2_000, 1_000, 250, 5, 3),
     "gpu": Setting(10_000, 2_000, 2_000, 250, 32, 8),
 }
 
