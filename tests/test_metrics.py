@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import ndcg_score
 
-from reattend.metrics import pseudo_values, ranks_of_answers, spearman
+from reattend.metrics import ndcg, pseudo_values, ranks_of_answers, spearman
 
 
 def test_spearman_by_hand():
@@ -38,3 +39,11 @@ def test_pseudo_values_refuse_what_is_not_smooth():
         pseudo_values(tied, lambda d: max(values.mean() for values in d.values()))
     with pytest.raises(ValueError, match="not smooth"):
         pseudo_values(tied, lambda d: float(d["a"].mean() > -1))
+
+
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_ndcg_is_that_of_scikit_learn(k):
+    scores = torch.randn(40, 40, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    wanted = ndcg_score(np.eye(40), scores.numpy(), k=k)
+    assert ndcg(ranks_of_answers(scores), k).mean().item() == pytest.approx(wanted, abs=1e-12)
+    assert ndcg(torch.tensor([1, 3, k + 1]), k)[::2].tolist() == [1, 0]

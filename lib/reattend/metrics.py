@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -52,3 +53,9 @@ def ranks_of_answers(scores: Float[Tensor, "queries candidates"]) -> Int[Tensor,
     """
     right = scores.diagonal()[:, None]
     return (scores >= right).sum(1)
+
+
+def ndcg(ranks: Int[Tensor, " queries"], k: int = 10) -> Float[Tensor, " queries"]:
+    """nDCG@k of queries with one right answer, by its rank from 1: 1 / log2(1 + rank), 0 beyond k."""
+    gains = 1 / torch.log2(1 + ranks.double())
+    return gains.masked_fill(ranks > k, 0)

@@ -1,0 +1,63 @@
+"""InfoNCE with hard negatives: queries against the answers and the mined negatives of a whole batch.
+
+The candidates of a batch are its answers, one a query and in the order of the queries, and behind them
+the mined negatives of all queries. What comes again of a query's own answer among the candidates is not
+counted against it.
+
+Names of shapes: `batch` (queries), `mined` (negatives of one query), `candidates` (batch + batch * mined),
+`width`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def counted_candidates(
+    answers: Int[Tensor, " batch"], negatives: Int[Tensor, "batch mined"]
+) -> Bool[Tensor, "batch candidates"]:
+    """Which candidates stand in a query's denominator: all but further copies of its own answer.
+
+    Two queries may share an answer, and one query's answer may be mined as a negative of another.
+
+    Args:
+        answers: identity of each query's answer.
+        negatives: identities of each query's mined negatives.
+
+    Raises:
+        ValueError: when a query's own answer is among its own negatives, which is an error of the mining.
+    """
+    if (negatives == answers[:, None]).any():
+        raise ValueError("a query's own answer is among its negatives: leave it out when mining")
+    candidates = torch.cat([answers, negatives.flatten()])
+    counted = answers[:, None] != candidates
+    counted.diagonal().fill_(True)
+    return counted
+
+
+def cosine_logits(
+    queries: Float[Tensor, "batch width"],
+    candidates: Float[Tensor, "candidates width"],
+    temperature: float,
+    counted: Bool[Tensor, "batch candidates"] | None = None,
+) -> Float[Tensor, "batch candidates"]:
+    """Cosine / temperature; minus infinity for what is not counted. Vectors of any length.
+
+    Raises:
+        ValueError: for a temperature that is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    logits = F.normalize(queries, dim=-1) @ F.normalize(candidates, dim=-1).T / temperature
+    return logits if counted is None else logits.masked_fill(~counted, -torch.inf)
+
+
+def answer_log_probability(logits: Float[Tensor, "batch candidates"]) -> Float[Tensor, " batch"]:
+    """log p_i, in nats, of candidate i for query i among all candidates.
+
+    InfoNCE is the mean of its negative.
+    """
+    return logits.diagonal() - logits.logsumexp(1)

@@ -1,0 +1,88 @@
+"""InfoNCE with hard negatives and masks: against torch's cross-entropy and by hand."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from reattend.training.contrastive import (
+    answer_log_probability,
+    cosine_logits,
+    counted_candidates,
+)
+
+SHAPES = [(1, 1, 3), (5, 2, 7), (9, 7, 13)]  # batch, mined, width
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("batch", "mined", "width"), SHAPES)
+def test_without_masks_it_is_the_cross_entropy_of_interleaved_candidates(batch, mined, width, seed):
+    """Official layout: each answer before its own negatives, so the target of query i is i (1 + mined)."""
+    queries = normal(batch, width, seed=seed)
+    answers, negatives = (
+        normal(batch, width, seed=seed + 10),
+        normal(batch, mined, width, seed=seed + 20),
+    )
+    interleaved = torch.cat([answers[:, None], negatives], 1).flatten(0, 1)
+    scores = F.normalize(queries, dim=-1) @ F.normalize(interleaved, dim=-1).T / 0.02
+    wanted = F.cross_entropy(scores, torch.arange(batch) * (1 + mined))
+    candidates = torch.cat([answers, negatives.flatten(0, 1)])
+    found = -answer_log_probability(cosine_logits(queries, candidates, 0.02)).mean()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+
+
+def test_by_hand():
+    """Cosines 1 and 0 at temperature .5: p = e^2 / (e^2 + 1) of two candidates."""
+    unit = torch.eye(2, dtype=torch.float64)
+    log_p = answer_log_probability(cosine_logits(3 * unit, 7 * unit, 0.5))
+    assert log_p.tolist() == pytest.approx([2 - math.log(math.exp(2) + 1)] * 2, abs=1e-12)
+
+
+def test_a_copy_of_the_own_answer_is_not_counted_and_nothing_else_is_left_out():
+    answers = torch.tensor([4, 7, 4])
+    negatives = torch.tensor([[7, 1], [2, 3], [9, 9]])
+    counted = counted_candidates(answers, negatives)
+    wanted = torch.ones(3, 9, dtype=torch.bool)
+    wanted[0, 2] = wanted[2, 0] = False  # queries 0 and 2 share their answer
+    wanted[1, 3] = False  # the answer of query 1 was mined for query 0
+    assert torch.equal(counted, wanted)
+
+
+def test_masked_candidates_change_neither_value_nor_gradient():
+    queries = normal(3, 5).requires_grad_()
+    candidates = normal(9, 5, seed=1)
+    counted = torch.rand(3, 9, generator=torch.Generator().manual_seed(2)) < 0.6
+    counted.diagonal().fill_(True)
+    log_p = answer_log_probability(cosine_logits(queries, candidates, 0.1, counted))
+    for i in range(3):
+        kept = counted[i].nonzero()[:, 0]
+        scores = F.normalize(queries[i : i + 1], dim=-1) @ F.normalize(candidates[kept], dim=-1).T
+        own = (kept == i).nonzero()[0]
+        torch.testing.assert_close(
+            log_p[i], -F.cross_entropy(scores / 0.1, own), atol=1e-10, rtol=0
+        )
+    (gradient,) = torch.autograd.grad(log_p.sum(), queries)
+    assert gradient.isfinite().all()
+
+
+def test_more_negatives_never_lower_the_loss():
+    queries, candidates = normal(4, 6), normal(12, 6, seed=1)
+    values = [
+        -answer_log_probability(cosine_logits(queries, candidates[:n], 0.05)) for n in (4, 5, 8, 12)
+    ]
+    for fewer, more in itertools.pairwise(values):
+        assert (more >= fewer).all()
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="leave it out when mining"):
+        counted_candidates(torch.tensor([1, 2]), torch.tensor([[5], [2]]))
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        cosine_logits(normal(2, 3), normal(2, 3), 0.0)
