@@ -416,3 +416,27 @@ def test_errors_name_the_cure():
         Attention(8, 2, positions="alibi", causal=False)
     with pytest.raises(ValueError, match="a text of 0 tokens has no bias"):
         length_bias(0)
+
+
+class ReadsTokens(torch.nn.Module):
+    reads_tokens = True
+
+    def forward(self, x, tokens):
+        self.auxiliary_loss = x.square().mean()
+        return x * tokens[..., None]
+
+    def state_size(self, length):
+        return length
+
+
+def test_layer_scale_keeps_what_a_mixer_asks_of_the_trunk():
+    tokens = torch.randint(5, (2, 6), generator=torch.Generator().manual_seed(0))
+    model = Trunk(5, 8, [lambda width: LayerScale(width, ReadsTokens(), start=0.5)])
+    model(tokens)
+    assert model.auxiliary_loss() == model.blocks[0].mixer.module.auxiliary_loss > 0
+    scaled, plain = model.blocks[0].mixer, model.blocks[0].mixer.module
+    x = normal(2, 6, 8).float()
+    torch.testing.assert_close(scaled(x, tokens), 0.5 * plain(x, tokens))
+    assert not hasattr(LayerScale(12, module()), "auxiliary_loss")
+    with pytest.raises(ValueError, match="LayerScale has no cached form"):
+        model.start_cache()

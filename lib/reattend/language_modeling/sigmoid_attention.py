@@ -202,7 +202,8 @@ class Attention(nn.Module):
 class LayerScale(nn.Module):
     """gamma * module(x), one trained gamma per channel, all equal at the start.
 
-    Wraps a mixer or a feed-forward network of width `width`.
+    Wraps a mixer or a feed-forward network of width `width`; a mixer's reading of tokens and its own loss stay.
+    A cache is not handed on: `Trunk.start_cache` refuses the wrapper.
     """
 
     def __init__(self, width: int, module: nn.Module, start: float = 1e-4):
@@ -210,8 +211,19 @@ class LayerScale(nn.Module):
         self.module = module
         self.gamma = nn.Parameter(torch.full((width,), start))
 
-    def forward(self, x: Float[Tensor, "*places width"]) -> Float[Tensor, "*places width"]:
-        return self.gamma * self.module(x)
+    @property
+    def reads_tokens(self) -> bool:
+        return getattr(self.module, "reads_tokens", False)
+
+    @property
+    def auxiliary_loss(self) -> Tensor:
+        """The module's own; AttributeError where it has none."""
+        return self.module.auxiliary_loss
+
+    def forward(
+        self, x: Float[Tensor, "*places width"], *tokens: Tensor
+    ) -> Float[Tensor, "*places width"]:
+        return self.gamma * self.module(x, *tokens)
 
     def state_size(self, length: int) -> int:
         return self.module.state_size(length)
