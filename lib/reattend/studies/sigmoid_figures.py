@@ -91,7 +91,7 @@ def draw_parity(axis: Axes, differences: Mapping[str, np.ndarray], margin: float
         axis.errorbar(found.effect, place + 0.2, xerr=ends, fmt="D", ms=4, color=COLOURS[0])
     axis.set_yticks(range(len(differences)), list(differences))
     axis.invert_yaxis()
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def draw_jacobian(
