@@ -129,7 +129,7 @@ class ByteModels:
         norms = watch_norms(model)
         draw = torch.Generator().manual_seed(seed)
         rows = random_windows(self.stream, self.batch, self.length + 1, draw)
-        plan = TrainingPlan(steps, rate, warmup=steps // 10, betas=(0.9, 0.95))
+        plan = TrainingPlan(steps, rate, warmup=steps // 10, betas=(0.9, 0.95), fused=True)
         log = train(model, (each.to(self.device) for each in rows), next_byte_loss, plan)
         return Run(model, log, norms)
 
