@@ -324,9 +324,9 @@ def test_hybrid_norm_is_a_norm_of_the_output():
 def test_layer_scale_multiplies_each_channel():
     layer = LayerScale(12, module(), start=0.1)
     x = normal(2, 7, 12)
-    torch.testing.assert_close(layer(x), layer.gamma * layer.module(x))
+    torch.testing.assert_close(layer(x), layer.gamma * layer.mixer(x))
     torch.testing.assert_close(layer.gamma.data, torch.full((12,), 0.1))
-    assert layer.state_size(9) == layer.module.state_size(9)
+    assert layer.state_size(9) == layer.mixer.state_size(9)
 
 
 def test_linear_layers_have_no_bias_and_b_is_not_trained():
@@ -416,3 +416,27 @@ def test_errors_name_the_cure():
         Attention(8, 2, positions="alibi", causal=False)
     with pytest.raises(ValueError, match="a text of 0 tokens has no bias"):
         length_bias(0)
+
+
+class ReadsTokens(torch.nn.Module):
+    reads_tokens = True
+
+    def forward(self, x, tokens):
+        self.auxiliary_loss = x.square().mean()
+        return x * tokens[..., None]
+
+    def state_size(self, length):
+        return length
+
+
+def test_layer_scale_keeps_what_a_mixer_asks_of_the_trunk():
+    tokens = torch.randint(5, (2, 6), generator=torch.Generator().manual_seed(0))
+    model = Trunk(5, 8, [lambda width: LayerScale(width, ReadsTokens(), start=0.5)])
+    model(tokens)
+    assert model.auxiliary_loss() == model.blocks[0].mixer.mixer.auxiliary_loss > 0
+    scaled, plain = model.blocks[0].mixer, model.blocks[0].mixer.mixer
+    x = normal(2, 6, 8).float()
+    torch.testing.assert_close(scaled(x, tokens), 0.5 * plain(x, tokens))
+    assert not hasattr(LayerScale(12, module()), "auxiliary_loss")
+    with pytest.raises(ValueError, match="ReadsTokens has no cached form"):
+        model.start_cache()

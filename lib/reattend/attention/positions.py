@@ -34,7 +34,8 @@ def rotary(
 def alibi_slopes(heads: int, device: torch.device | None = None) -> Float[Tensor, " heads"]:
     """Slopes of the linear biases: a geometric series from 2 ** (-8 / heads) to 2 ** -8.
 
-    Press et al. 2022 (arXiv 2108.12409), section 3, for any number of heads.
+    Press et al. 2022 (arXiv 2108.12409), section 3, for any number of heads. Their code gives the same for a
+    power of two; for other numbers it fills the series of the next lower power with slopes of the next higher.
     """
     return 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=device) / heads)
 

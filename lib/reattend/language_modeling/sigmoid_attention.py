@@ -8,7 +8,7 @@ are divided by the number of visible keys.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +17,7 @@ from torch.func import jvp, vjp
 
 from reattend.attention.dense import causal_token_mask
 from reattend.attention.positions import alibi_bias, rotary
+from reattend.trunks.language import MixerWrapper
 
 Positions = Literal["rotary", "alibi", "none"]
 
@@ -199,22 +200,24 @@ class Attention(nn.Module):
         return 2 * length * self.out.in_features
 
 
-class LayerScale(nn.Module):
-    """gamma * module(x), one trained gamma per channel, all equal at the start.
+class LayerScale(MixerWrapper):
+    """gamma * mixer(x), one trained gamma per channel, all equal at the start.
 
     Wraps a mixer or a feed-forward network of width `width`.
     """
 
-    def __init__(self, width: int, module: nn.Module, start: float = 1e-4):
-        super().__init__()
-        self.module = module
+    def __init__(self, width: int, mixer: nn.Module, start: float = 1e-4):
+        super().__init__(mixer)
         self.gamma = nn.Parameter(torch.full((width,), start))
 
-    def forward(self, x: Float[Tensor, "*places width"]) -> Float[Tensor, "*places width"]:
-        return self.gamma * self.module(x)
-
-    def state_size(self, length: int) -> int:
-        return self.module.state_size(length)
+    def forward(
+        self,
+        x: Float[Tensor, "*places width"],
+        *read: Tensor,
+        cache: dict | None = None,
+        **more: Any,
+    ) -> Float[Tensor, "*places width"]:
+        return self.gamma * self.inner(x, *read, cache=cache, **more)
 
 
 # --- regularity: the Jacobian of one head ----------------------------------------------------------
