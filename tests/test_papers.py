@@ -11,7 +11,6 @@ from tests.pipeline.toy import ROOT
 UNFINISHED = frozenset(
     {
         "proxyattn",  # 622 CPU seconds, on a shared core
-        "salient_relevance",  # 635 CPU seconds, on a shared core
     }
 )
 
