@@ -443,7 +443,7 @@ def test_editing_a_method_changes_those_who_use_it(checkout, root):
 
 def test_editing_a_shared_function_changes_just_those_who_use_it(checkout, root):
     path, changed = checkout
-    edit(path / "reattend/training/loop.py", "    return ", "    return 0 * ")
+    edit(path / "reattend/training/loop.py", "optimiser.step()", "optimiser.step(None)")
     expected = papers_using(root, "reattend.training.loop", "train")
     assert {"icl_regression", "halonet"} <= expected
     assert "flexprefill" not in expected

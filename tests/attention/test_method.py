@@ -13,6 +13,7 @@ from reattend.attention.method import (
     per_sequence,
 )
 from reattend.attention.registry import METHODS, build_method
+from reattend.long_context.moa import Plan, Rule
 from reattend.long_context.seer_attention import AttentionGates
 
 SIZE = 16
@@ -174,6 +175,7 @@ def test_registry_refuses_unknown_names_and_settings():
 def test_every_registered_method_can_be_built(name):
     needed = {
         "oracle_topk": {"k": 4},
+        "moa": {"plan": Plan.uniform(Rule(0, 0.5), 2, 3)},
         "seer_attention": {"gates": GATES, "inv_freq": torch.ones(4), "density": 0.2},
     }
     settings = needed.get(name, {})
