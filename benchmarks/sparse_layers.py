@@ -17,7 +17,7 @@ from reattend.attention.baselines.block_topk import BlockTopK
 from reattend.attention.baselines.vertical_slash import VerticalSlash
 from reattend.attention.dense import causal_sdpa
 from reattend.attention.host import attach
-from reattend.attention.method import AttentionMethod, BlockSparseMethod
+from reattend.attention.method import AttentionMethod
 from reattend.backbones.pretrained.smollm2 import load
 from reattend.backbones.trained.dhsa import new_predictor
 from reattend.data.long_tasks import prose_windows
@@ -25,6 +25,7 @@ from reattend.data.needles import Haystack
 from reattend.data.prose import documents
 from reattend.long_context.dhsa import DHSA, BoundaryPredictor
 from reattend.long_context.flexprefill import FlexPrefill
+from reattend.long_context.hip_attention import HiPAttention
 from reattend.long_context.moa import MoA, Plan, Rule
 from reattend.long_context.proxyattn import ProxyAttn
 from reattend.timing import paired_ratio, paired_times
@@ -48,9 +49,7 @@ class Keep(AttentionMethod):
         return super().prefill(query, key, value, scale=scale, layer=layer, padding=padding)
 
 
-def candidates(
-    block_size: int, predictor: BoundaryPredictor
-) -> dict[str, list[BlockSparseMethod | DHSA]]:
+def candidates(block_size: int, predictor: BoundaryPredictor) -> dict[str, list[AttentionMethod]]:
     """The settings of each method, sparse ones first."""
     forced = {"local": 2 * block_size, "sink": block_size, "instruction": 0}
     return {
@@ -72,6 +71,12 @@ def candidates(
             ProxyAttn(gamma=gamma, stride=2, min_budget=2 * block_size, block_size=block_size)
             for gamma in GAMMAS
         ],
+        "HiP": [
+            HiPAttention(
+                k=count * block_size, window=2 * block_size, sink=block_size, dense_layers=0
+            )
+            for count in COUNTS
+        ],
         "MoA": [MoA(plan=uneven_plan(share, block_size)) for share in SHARES],
         "vertical-slash": [
             VerticalSlash(verticals=count, slashes=count, block_size=block_size) for count in COUNTS
@@ -86,7 +91,7 @@ def uneven_plan(share: float, block_size: int) -> Plan:
     return Plan((rules,), block_size=block_size)
 
 
-def densest(methods: list[BlockSparseMethod | DHSA], tensors: tuple, limit: float):
+def densest(methods: list[AttentionMethod], tensors: tuple, limit: float):
     """The method of the largest measured density up to `limit`, and that density."""
     query, key, value, scale = tensors
     best = None
@@ -130,7 +135,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def report(method: BlockSparseMethod | DHSA, density: float, tensors: tuple, rounds: int) -> str:
+def report(method: AttentionMethod, density: float, tensors: tuple, rounds: int) -> str:
     """Speed-up over dense SDPA, and the share of the method's own time that selection takes."""
     query, key, value, scale = tensors
 
@@ -143,6 +148,8 @@ def report(method: BlockSparseMethod | DHSA, density: float, tensors: tuple, rou
     def select():
         if isinstance(method, DHSA):
             return method.tokens(query, key, scale=scale, layer=0)
+        if isinstance(method, HiPAttention):
+            return [method.select(query, key, part) for part in method.blocks(query, key)]
         return method.block_mask(query, key, scale=scale)
 
     ratios = paired_ratio(dense, sparse, rounds=rounds)
