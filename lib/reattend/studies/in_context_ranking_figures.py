@@ -34,6 +34,7 @@ def draw_masks(
     for border in borders:
         axes[-1].axvline(border, color=REPORTED, lw=0.5)
     axes[-1].set(yscale="symlog", title="positions", xlabel="token", ylabel="position")
+    axes[-1].set_ylim(0, None)
     return fig
 
 
@@ -73,11 +74,11 @@ def draw_rankers(
     axis.axvline(100 * chance, color=REPORTED, ls="--", lw=1)
     axis.annotate("chance", (100 * chance, len(points) - 0.6), fontsize=7, ha="left")
     axis.set_yticks(range(len(points)), list(points))
-    axis.set(xlabel="right document first, %", title="here: verses, SmolLM2", xlim=(0, 100))
+    axis.set(xlabel="right document first, %", title="here: verses, SmolLM2", xlim=(0, 102))
     axis.invert_yaxis()
     paper.barh(range(len(reported)), list(reported.values()), color=REPORTED, height=0.6)
     paper.set_yticks(range(len(reported)), list(reported))
-    paper.set(xlabel="P@1, %", title="paper: MS MARCO, Mistral-7B")
+    paper.set(xlabel="P@1, %", title="paper: MS MARCO")
     paper.invert_yaxis()
     return fig
 
