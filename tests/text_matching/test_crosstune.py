@@ -11,7 +11,6 @@ from reattend.text_matching.crosstune import (
     cross_validated,
     intended,
     label_loss,
-    pool_tokens,
     switch,
     zero_shot,
 )
@@ -28,47 +27,6 @@ def normal(*shape, seed=0):
 def scorer_of(width, heads, seed=0, noise=0.5, scale=3.0):
     generator = torch.Generator().manual_seed(seed)
     return CrossTune(width, heads, scale, noise, generator).double()
-
-
-# Pooling ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("poison", [1e9, -1e9, float("inf")])
-def test_pooling_reads_real_tokens_alone(poison, seed):
-    states = normal(4, 5, 3, seed=seed)
-    lengths = [5, 1, 3, 4]
-    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
-    padded = states.masked_fill(~mask[..., None], poison)
-    rows = [s[:n] for s, n in zip(states, lengths, strict=True)]
-    expected = {
-        "max": torch.stack([row.amax(0) for row in rows]),
-        "mean": torch.stack([row.mean(0) for row in rows]),
-        "last": torch.stack([row[-1] for row in rows]),
-    }
-    for how, wanted in expected.items():
-        if how == "mean" and math.isinf(poison):
-            continue  # 0 times infinity: real encoders give finite states for padding
-        torch.testing.assert_close(pool_tokens(padded, mask, how), wanted, rtol=1e-9, atol=1e-6)
-
-
-def test_pooling_a_maximum_of_negative_states_is_not_zero():
-    states = torch.tensor([[[-3.0], [-1.0], [0.0]]])
-    assert pool_tokens(states, torch.tensor([[True, True, False]]), "max").item() == -1.0
-
-
-def test_pooling_skips_tokens_that_are_masked_in_front_and_behind():
-    states = torch.arange(5.0)[None, :, None]
-    mask = torch.tensor([[False, True, False, True, False]])
-    pooled = [pool_tokens(states, mask, how).item() for how in ("max", "mean", "last")]
-    assert pooled == [3.0, 2.0, 3.0]
-
-
-def test_pooling_refuses():
-    with pytest.raises(ValueError, match="without any real token"):
-        pool_tokens(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.bool), "max")
-    with pytest.raises(ValueError, match="max, mean, last"):
-        pool_tokens(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), "first")
 
 
 # The scorer ---------------------------------------------------------------------------------------

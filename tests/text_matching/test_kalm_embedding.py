@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaModel
 
-from reattend.text_matching.crosstune import pool_tokens
 from reattend.text_matching.kalm_embedding import (
     add_own,
     distillation_loss,
@@ -23,7 +22,7 @@ from reattend.text_matching.kalm_embedding import (
     weighted_loss,
 )
 from reattend.training.contrastive import answer_log_probability, cosine_logits
-from reattend.trunks.decoders import decoder_states
+from reattend.trunks.decoders import decoder_states, pool_tokens
 
 SEEDS = (0, 1, 2)
 SHAPES = [(2, 2, 3), (5, 3, 7), (9, 7, 13)]  # batch, mined, width

@@ -26,33 +26,6 @@ Teacher = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(texts' vectors, labels, other texts' vectors) -> class probabilities of the others."""
 
 
-def pool_tokens(
-    states: Float[Tensor, "texts length width"],
-    mask: Bool[Tensor, "texts length"],
-    how: str,
-) -> Float[Tensor, "texts width"]:
-    """One vector for each text, from its real tokens alone: their "max" or "mean", or the "last".
-
-    The paper takes the maximum for label descriptions (second-hand) and the state of one token, [MASK],
-    for the text; "last" is that of a causal model, the last real token.
-
-    Raises:
-        ValueError: for a text without a real token, or an unknown way to pool.
-    """
-    if not mask.any(1).all():
-        raise ValueError("a text without any real token cannot be pooled")
-    if how == "max":
-        return states.masked_fill(~mask[..., None], -torch.inf).amax(1)
-    if how == "mean":
-        weights = mask[..., None].to(states.dtype)
-        return (states * weights).sum(1) / weights.sum(1)
-    if how == "last":
-        places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        last = places.masked_fill(~mask, -1).amax(1)
-        return states[torch.arange(len(states), device=states.device), last]
-    raise ValueError(f"unknown pooling '{how}'; there are: max, mean, last")
-
-
 class CrossTune(nn.Module):
     """Cross-attention of one text to the labels, whose weights are the class distribution.
 

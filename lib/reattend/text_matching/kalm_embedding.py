@@ -25,8 +25,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from reattend.text_matching.crosstune import pool_tokens
-from reattend.trunks.decoders import decoder_states
+from reattend.trunks.decoders import decoder_states, pool_tokens
 
 # The encoder --------------------------------------------------------------------------------------
 

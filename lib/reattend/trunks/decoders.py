@@ -1,4 +1,4 @@
-"""A decoder language model as a text encoder, with its causal mask or without."""
+"""A decoder language model as a text encoder, with its causal mask or without, and pooling of states."""
 
 from __future__ import annotations
 
@@ -52,3 +52,29 @@ def decoder_states(
         return_dict=True,
     )
     return found.last_hidden_state
+
+
+def pool_tokens(
+    states: Float[Tensor, "texts length width"],
+    mask: Bool[Tensor, "texts length"],
+    how: str,
+) -> Float[Tensor, "texts width"]:
+    """One vector for each text, from its real tokens alone: their "max" or "mean", or the "last".
+
+    "last" is for a causal model: the state of the last real token, which has seen the others.
+
+    Raises:
+        ValueError: for a text without a real token, or an unknown way to pool.
+    """
+    if not mask.any(1).all():
+        raise ValueError("a text without any real token cannot be pooled")
+    if how == "max":
+        return states.masked_fill(~mask[..., None], -torch.inf).amax(1)
+    if how == "mean":
+        weights = mask[..., None].to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1)
+    if how == "last":
+        places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        last = places.masked_fill(~mask, -1).amax(1)
+        return states[torch.arange(len(states), device=states.device), last]
+    raise ValueError(f"unknown pooling '{how}'; there are: max, mean, last")

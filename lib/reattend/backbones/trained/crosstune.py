@@ -34,7 +34,7 @@ from reattend.data.texts import (
     sms_spam,
     trec_questions,
 )
-from reattend.text_matching.crosstune import pool_tokens
+from reattend.trunks.decoders import pool_tokens
 from reattend.trunks.encoders import BiEncoder, TextEncoder, tokenise
 
 SETS: dict[str, Callable[[], TextSet]] = {
