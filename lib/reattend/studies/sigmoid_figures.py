@@ -153,8 +153,11 @@ def draw_times(seconds: Mapping[int, np.ndarray], reported: Mapping[str, float])
     for (kernel, percent), dashes in zip(reported.items(), (":", "--"), strict=True):
         label = f"paper, fused on an H100, {kernel}"
         axis.axhline(1 + percent / 100, color=REPORTED, ls=dashes, label=label)
-    axis.set(xscale="log", xlabel="n (tokens)", ylabel="time of softmax / time of sigmoid")
+    axis.set(
+        xscale="log", yscale="log", xlabel="n (tokens)", ylabel="time of softmax / time of sigmoid"
+    )
     axis.set_xticks(lengths, [str(length) for length in lengths])
+    axis.set_yticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
     axis.minorticks_off()
     axis.legend()
     return figure
