@@ -54,9 +54,11 @@ def test_a_batch_without_halves_is_refused(batch):
 
 def test_arms_of_one_seed_read_the_same_rows_and_are_disturbed_at_the_same_places():
     meap, placebo, plain = (first(ARMS[name]) for name in ("MEAP", "Random tokens", "NTP"))
-    assert torch.equal(meap[0], placebo[0]) and torch.equal(meap[0], plain[0])
+    assert torch.equal(meap[0], placebo[0])
+    assert torch.equal(meap[0], plain[0])
     assert torch.equal(meap[1], placebo[1])
-    assert meap[1].sum(1).tolist() == [1] * 4 and not plain[1].any()
+    assert meap[1].sum(1).tolist() == [1] * 4
+    assert not plain[1].any()
     assert not torch.equal(first(ARMS["MEAP"], seed=1)[0], meap[0])
 
 
@@ -81,7 +83,8 @@ def test_the_placebo_puts_tokens_of_the_language_where_the_method_masks():
     assert torch.equal(seen[0][~masked], rows[:, :-1][~masked])
     expected = F.cross_entropy(F.one_hot(seen[0], 9).double().mT, rows[:, 1:])
     torch.testing.assert_close(loss, expected)
-    assert fill.max() < 8 and fill.unique().numel() == 8
+    assert fill.max() < 8
+    assert fill.unique().numel() == 8
 
 
 def test_all_arms_start_from_one_model_with_the_mask_in_its_vocabulary():
@@ -113,7 +116,8 @@ def test_training_lowers_the_loss_of_every_arm():
     setting = replace(SMALL, checkpoints=(40, 80), rate=1e-2)
     for arm in setting.arms:
         kept, losses = fit(arm, setting, 0)
-        assert len(kept) == 2 and len(losses) == 80
+        assert len(kept) == 2
+        assert len(losses) == 80
         assert losses[-10:].mean() < losses[:10].mean() - 0.2
 
 

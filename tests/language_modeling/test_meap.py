@@ -153,7 +153,8 @@ def test_a_long_answer_gives_a_masked_copy_with_labels_where_it_is_masked(seed):
     assert plain.labels == [UNLABELLED] * 7 + [*answer, -2]
     places = [i for i, token in enumerate(masked.inputs) if token == -1]
     assert len(places) == int(0.1 * 73)
-    assert min(places) >= 7 and max(places) < 80
+    assert min(places) >= 7
+    assert max(places) < 80
     assert [i for i, label in enumerate(masked.labels) if label != UNLABELLED] == places
     assert all(masked.labels[i] == plain.inputs[i] for i in places)
     rest = [i for i in range(len(plain.inputs)) if i not in places]
@@ -189,7 +190,8 @@ def test_what_is_too_long_is_cut_before_places_are_chosen():
     assert len(plain.labels) == len(masked.inputs) == len(masked.labels) == 44
     assert plain.labels[3:] == answer[:41]  # a cut answer is not taught to end
     assert masked.inputs.count(-1) == 4
-    assert masked.inputs[-1] == -2 and masked.labels[-1] == UNLABELLED
+    assert masked.inputs[-1] == -2
+    assert masked.labels[-1] == UNLABELLED
     with pytest.raises(ValueError, match="a prompt of 9 tokens leaves no token of the answer"):
         build(range(9), answer, rng=random.Random(0), max_length=10)
 

@@ -11,6 +11,7 @@ from reattend.studies.meap import (
     answers,
     attention_maps,
     by_distance,
+    copy_accuracy,
     masking_effects,
     needles,
     segment_shares,
@@ -68,8 +69,17 @@ def test_needles_are_averaged_by_their_distance():
     sources = torch.tensor([[0, 0, 0, 2, 0]])
     values = torch.tensor([[9.0, 1.0, 2.0, 9.0, 4.0]])
     means = by_distance(values, found, sources, [1, 3, 4, 8])
-    assert means[0] == 1.5 and means[2] == 4.0
+    assert means[0] == 1.5
+    assert means[2] == 4.0
     assert math.isnan(means[1])
+
+
+def test_copying_answers_what_stood_behind_the_source():
+    # Needles: the second 1 (answer 4, as before), the second 4 (answer 0, before it was 1).
+    tokens = torch.tensor([[3, 1, 4, 1, 4, 0]])
+    found, sources = needles(tokens)
+    assert found[0].tolist() == [False, False, False, True, True]
+    assert copy_accuracy(tokens, found, sources) == 0.5
 
 
 def test_attention_maps_are_those_that_the_model_uses():
@@ -113,7 +123,8 @@ def test_a_model_that_does_not_tell_the_mask_from_tokens_shows_no_effect():
     net = model()
     effects = masking_effects(net, rows(), masked, 8)
     assert set(effects) == {"decay", "variance"}
-    assert abs(effects["decay"]) > 1e-4 and abs(effects["variance"]) > 1e-4
+    assert abs(effects["decay"]) > 1e-4
+    assert abs(effects["variance"]) > 1e-4
     with torch.no_grad():
         net.tokens.weight[:] = net.tokens.weight[0]
     effects = masking_effects(net, rows(), masked, 8)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -33,6 +33,16 @@ def needles(
     return same.sum(-1) == 1, same.byte().argmax(-1)
 
 
+def copy_accuracy(
+    tokens: Int[Tensor, "rows length"],
+    found: Bool[Tensor, "rows predictions"],
+    sources: Int[Tensor, "rows predictions"],
+) -> float:
+    """Share of needles whose next token is the one that stood behind the source: what copying achieves."""
+    row, asks = found.nonzero(as_tuple=True)
+    return (tokens[row, sources[row, asks] + 1] == tokens[row, asks + 1]).double().mean().item()
+
+
 @torch.no_grad()
 def answers(
     model: Trunk, tokens: Int[Tensor, "rows length"], batch: int = 128
@@ -54,9 +64,9 @@ def by_distance(
 ) -> list[float]:
     """Mean over needles whose distance to their source is in edges[i] .. edges[i + 1] - 1."""
     distance = torch.arange(found.shape[1]) - sources
-    bins = [(edges[i], edges[i + 1]) for i in range(len(edges) - 1)]
     return [
-        values[found & (distance >= low) & (distance < high)].mean().item() for low, high in bins
+        values[found & (distance >= low) & (distance < high)].mean().item()
+        for low, high in pairwise(edges)
     ]
 
 

@@ -77,8 +77,8 @@ class Setting:
 MAIN = ("NTP", "MEAP", "Random tokens")
 RATIOS = ("MEAP .05", "MEAP .10", "MEAP .20", "MEAP .30", "MEAP, 51 masks")
 SETTINGS = {
-    "smoke": Setting(RowLanguage(16, 17), 16, 2, 4, MAIN, 4, (1, 2, 3, 4), 6e-3, 3),
-    "cpu": Setting(RowLanguage(16, 65), 64, 2, 4, MAIN, 16, (300, 600, 900, 1200), 6e-3, 6),
+    "smoke": Setting(RowLanguage(16, 33), 16, 2, 4, MAIN, 4, (1, 2, 3, 4), 6e-3, 3),
+    "cpu": Setting(RowLanguage(32, 129), 64, 2, 4, MAIN, 12, (150, 300, 450, 600), 6e-3, 6),
     "gpu": Setting(
         RowLanguage(64, 513), 256, 4, 8, MAIN + RATIOS, 32, (1000, 2000, 3000, 4000), 1e-3, 8
     ),
