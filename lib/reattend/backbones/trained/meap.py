@@ -80,7 +80,7 @@ SETTINGS = {
     "smoke": Setting(RowLanguage(16, 33), 16, 2, 4, MAIN, 4, (1, 2, 3, 4), 6e-3, 3),
     "cpu": Setting(RowLanguage(32, 129), 64, 2, 4, MAIN, 12, (150, 300, 450, 600), 6e-3, 6),
     "gpu": Setting(
-        RowLanguage(64, 513), 256, 4, 8, MAIN + RATIOS, 32, (1000, 2000, 3000, 4000), 1e-3, 8
+        RowLanguage(64, 513), 256, 4, 8, MAIN + RATIOS, 32, (500, 1000, 1500, 2000), 2e-3, 8
     ),
 }
 
