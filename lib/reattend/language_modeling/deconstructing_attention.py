@@ -42,21 +42,29 @@ def _seen(q: Tensor, k: Tensor) -> Bool[Tensor, "queries keys"]:
     return causal_token_mask(q.shape[-2], k.shape[-2], q.device)
 
 
+def taylor_weights(
+    q: Float[Tensor, "batch heads length dim"], k: Float[Tensor, "batch heads length dim"]
+) -> Float[Tensor, "batch heads length length"]:
+    """1 + u + u^2 / 2 with u = q . k / sqrt(dim), causal: exp(u) to the second order, not yet divided."""
+    more = _with_one(q / math.sqrt(q.shape[-1])) @ _with_one(k).mT  # u + 1
+    return torch.addcmul(more.new_tensor(0.5), more, more, value=0.5).tril()
+
+
 def taylor_maps(
     q: Float[Tensor, "batch heads length dim"],
     k: Float[Tensor, "batch heads length dim"],
     split: bool = False,
 ) -> Float[Tensor, "batch heads length length"]:
-    """1 + u + u^2 / 2 with u = q . k / sqrt(dim), over its causal sum: exp(u) to the second order.
+    """`taylor_weights` over their causal sum.
 
     `split` divides each order by a sum of its own, as the paper's recurrent form prints it (equations 14 to
     17): rows then sum to 3, and the first order's sum may pass through 0.
     """
-    u = q @ k.mT / math.sqrt(q.shape[-1])
-    orders = [order * _seen(q, k) for order in (torch.ones_like(u), u, u.square() / 2)]
     if split:
+        u = q @ k.mT / math.sqrt(q.shape[-1])
+        orders = [order.tril() for order in (torch.ones_like(u), u, u.square())]
         return sum(order / order.sum(-1, keepdim=True) for order in orders)
-    weights = sum(orders)
+    weights = taylor_weights(q, k)
     return weights / weights.sum(-1, keepdim=True)
 
 
@@ -65,6 +73,10 @@ def taylor_features(x: Float[Tensor, "*lead dim"]) -> Float[Tensor, "*lead featu
     x = x / x.shape[-1] ** 0.25
     pairs = (x[..., :, None] * x[..., None, :]).flatten(-2) / math.sqrt(2)
     return torch.cat([torch.ones_like(x[..., :1]), x, pairs], dim=-1)
+
+
+def _with_one(x: Float[Tensor, "*lead dim"]) -> Float[Tensor, "*lead more"]:
+    return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
 
 
 def taylor_recurrent(
@@ -76,8 +88,7 @@ def taylor_recurrent(
     Float[Tensor, "batch heads length dim"], Float[Tensor, "batch heads features dim_and_one"]
 ]:
     """`taylor_maps(q, k) @ v` a token at a time; also the state, the sum of phi(k) [v, 1]^T."""
-    q, k = taylor_features(q), taylor_features(k)
-    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    q, k, v = taylor_features(q), taylor_features(k), _with_one(v)
     if state is None:
         state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
     out = []
@@ -223,13 +234,17 @@ class Approximate(SimplifiedAttention):
         self, x: Float[Tensor, "batch length width"], cache: dict | None = None
     ) -> Float[Tensor, "batch length width"]:
         """Raises ValueError when the split form is asked to continue a text."""
-        if cache is None:
-            return self._merge(self.weights(x) @ self._values(x))
+        v = self._values(x)
         if self.split:
-            raise ValueError("the split form has no cache; use split=False")
-        start = cache.get("length", 0)
+            if cache is not None:
+                raise ValueError("the split form has no cache; use split=False")
+            return self._merge(self.weights(x) @ v)
+        start = cache.get("length", 0) if cache else 0
         q, k = self._queries_keys(x, start)
-        mixed, state = taylor_recurrent(q, k, self._values(x), cache.get("state"))
+        if cache is None:
+            sums = taylor_weights(q, k) @ _with_one(v)
+            return self._merge(sums[..., :-1] / sums[..., -1:])
+        mixed, state = taylor_recurrent(q, k, v, cache.get("state"))
         cache.update(state=state, length=start + x.shape[1])
         return self._merge(mixed)
 
@@ -310,6 +325,8 @@ class StaticEmbQK(SimplifiedAttention):
     ) -> Float[Tensor, "batch length width"]:
         q, k = self._compared(embeddings, _cached_length(cache))
         k, v = _continued(cache, "key", k), _continued(cache, "value", self._values(x))
+        if cache is None:  # the fused kernel, for speed
+            return self._merge(F.scaled_dot_product_attention(q, k, v, is_causal=True))
         return self._merge(softmax_maps(q, k) @ v)
 
     def weights(
