@@ -49,7 +49,9 @@ def made(kind, *options, seed=0, **more):
 def trunk(mixers, seed=0, kind=Trunk, **more):
     torch.manual_seed(seed)
     feed_forward = partial(GatedFeedForward, hidden=20)
-    model = kind(11, WIDTH, mixers, feed_forward=feed_forward, norm="rms", embedding_std=0.4, **more)
+    model = kind(
+        11, WIDTH, mixers, feed_forward=feed_forward, norm="rms", embedding_std=0.4, **more
+    )
     return model.double().eval()
 
 
@@ -196,7 +198,9 @@ def test_split_orders_are_three_maps():
     first = torch.ones(7, 7).double().tril() / torch.arange(1, 8)[:, None]
     expected = first + u / u.sum(-1, keepdim=True) + square / square.sum(-1, keepdim=True)
     torch.testing.assert_close(split, expected, **EXACT)
-    torch.testing.assert_close(split.sum(-1), torch.full_like(split[..., 0], 3.0), rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        split.sum(-1), torch.full_like(split[..., 0], 3.0), rtol=0, atol=1e-8
+    )
 
 
 def test_the_split_form_refuses_a_cache():
@@ -223,7 +227,9 @@ def test_score_maps_are_softmaxes_of_the_scores_so_far(seed):
     scores = own_scores(*tensors(seed=seed)[:2])
     maps = score_maps(scores)
     for i in range(7):
-        torch.testing.assert_close(maps[:, :, i, : i + 1], scores[..., : i + 1].softmax(-1), **EXACT)
+        torch.testing.assert_close(
+            maps[:, :, i, : i + 1], scores[..., : i + 1].softmax(-1), **EXACT
+        )
     torch.testing.assert_close(maps.sum(-1), torch.ones_like(scores), **EXACT)
     ratio = maps[:, :, 4:, 1] / maps[:, :, 4:, 3]  # of two tokens: the same for all that read them
     torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio), **EXACT)
@@ -288,7 +294,9 @@ def maps_of(model, tokens):
     for block in model.blocks:
         if isinstance(block.mixer, StreamQK):
             hooks.append(
-                block.mixer.register_forward_pre_hook(lambda m, args: found.append(m.weights(*args)))
+                block.mixer.register_forward_pre_hook(
+                    lambda m, args: found.append(m.weights(*args))
+                )
             )
     model(tokens)
     for hook in hooks:

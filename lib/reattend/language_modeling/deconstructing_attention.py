@@ -129,9 +129,7 @@ def score_recurrent(
         lead = scores.shape[:2]
         sums = {"numerator": v.new_zeros(*lead, v.shape[-1]), "denominator": v.new_zeros(*lead, 1)}
         state = {"largest": v.new_full((*lead, 1), float("-inf")), **sums}
-    largest, numerator, denominator = (
-        state[n] for n in ("largest", "numerator", "denominator")
-    )
+    largest, numerator, denominator = (state[n] for n in ("largest", "numerator", "denominator"))
     out = []
     for t in range(scores.shape[-1]):
         score = scores[..., t : t + 1]
@@ -156,7 +154,9 @@ class TokenMLP(GatedFeedForward):
 
     def __init__(self, width: int):
         if 4 * width % 3:
-            raise ValueError(f"width {width} is not a multiple of 3: 4 / 3 of it is the hidden width")
+            raise ValueError(
+                f"width {width} is not a multiple of 3: 4 / 3 of it is the hidden width"
+            )
         super().__init__(width, 4 * width // 3)
 
     def forward(
@@ -269,9 +269,7 @@ class NonApproximate(SimplifiedAttention):
     def __init__(self, width: int, heads: int):
         super().__init__(width, heads, positions=False)
 
-    def scores(
-        self, x: Float[Tensor, "batch length width"]
-    ) -> Float[Tensor, "batch heads length"]:
+    def scores(self, x: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch heads length"]:
         """What the softmax is taken of."""
         return own_scores(*self._queries_keys(x, 0))
 

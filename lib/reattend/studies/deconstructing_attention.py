@@ -117,11 +117,6 @@ def logits_by_layer(
     return found
 
 
-def largest_logit(logits: Sequence[Float[Tensor, " logits"] | None], layers: Sequence[int]) -> float:
-    """The largest magnitude among some layers."""
-    return max(logits[layer].abs().max().item() for layer in layers)
-
-
 # --- indicators of a map (the paper's figure 1) --------------------------------------------------
 
 
@@ -159,21 +154,29 @@ def seen_once(tokens: Int[Tensor, "rows length"]) -> Bool[Tensor, "rows predicti
 # --- costs of decoding (the paper's tables 5 to 8) -----------------------------------------------
 
 
-def paper_cost(variant: str, batch: int, length: int, width: int, heads: int) -> tuple[int, int]:
+def paper_cost(
+    variant: str, batch: int, length: int, width: int, heads: int
+) -> tuple[int | None, int | None]:
     """(operations, bytes of cache in half precision) of one layer that decodes a token, as the paper prints them.
 
-    Raises:
-        ValueError: for a variant of which the card gives no formula.
+    None where we have no formula of the paper.
     """
     projections, pairs = 6 * batch * width**2, 2 * batch * length * width
-    formulas = {
-        "Standard": (projections + 2 * pairs, 2 * pairs),
-        "Non-approximate": (projections, 2 * batch * width + 4 * batch * heads),
-        "RndEmbQK": (2 * length * width + pairs + projections, 2 * (batch + 1) * length * width),
+    stream = 2 * length * width
+    operations = {
+        "Standard": projections + 2 * pairs,
+        "Non-approximate": projections,
+        "RndEmbQK": stream + pairs + projections,
     }
-    if variant not in formulas:
-        raise ValueError(f"no formula for '{variant}'; there are: {', '.join(formulas)}")
-    return formulas[variant]
+    cache = {
+        "Standard": 2 * pairs,
+        "MLP": 0,
+        "Approximate": 6 * batch * width + 4 * batch * width**2 // heads,
+        "Non-approximate": 2 * batch * width + 4 * batch * heads,
+        "RndEmbQK": stream + pairs,
+        "FixedSeqQK": stream + pairs,
+    }
+    return operations.get(variant), cache.get(variant)
 
 
 @torch.no_grad()

@@ -75,8 +75,17 @@ def plan(steps: int, rate: float) -> TrainingPlan:
     return TrainingPlan(steps, rate, warmup=steps // 15, betas=(0.9, 0.95), fused=True)
 
 
-UNIFORM = ("MLP", "Approximate", "Non-approximate", "RndEmbQK", "FixedSeqQK", "StaticEmbQK")
-SETTINGS: dict[str, Setting] = {}
+SIMPLE = ("MLP", "Approximate", "Non-approximate", "RndEmbQK", "FixedSeqQK", "StaticEmbQK")
+HYBRIDS = ("Non-approximate hybrid", "RndEmbQK hybrid", "StaticEmbQK hybrid")
+MAIN = ("Standard", "Half", *SIMPLE, *HYBRIDS)
+MORE = ("MLP hybrid", "Approximate hybrid", "FixedSeqQK hybrid")
+PLACES = ("shifted", "bottom", "middle", "top", "quarter", "all but first", "all but last")
+PLACED = tuple(f"RndEmbQK {place}" for place in (*PLACES, "all but both ends"))
+SETTINGS = {
+    "smoke": Setting(Shape(258, 16, 12, 4, 2, 16), MAIN, 2, 2, 1e-3, 3, 8),
+    "cpu": Setting(Shape(258, 96, 48, 4, 4, 128), MAIN, 8, 360, 6e-3, 4, 256),  # 258: bytes
+    "gpu": Setting(Shape(2048, 512, 384, 8, 8, 1024), MAIN + MORE + PLACED, 16, 2000, 1e-3, 5, 64),
+}
 
 
 # --- arms ----------------------------------------------------------------------------------------
