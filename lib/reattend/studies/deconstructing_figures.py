@@ -121,7 +121,7 @@ def indicators_figure(found: pd.DataFrame) -> Figure:
         found: columns arm, seed, layer and one for each indicator.
     """
     names = [c for c in found.columns if c not in ("arm", "seed", "layer")]
-    figure, axes = plt.subplots(2, len(names) // 2, figsize=(11, 5), sharex=True)
+    figure, axes = plt.subplots(2, len(names) // 2, figsize=(11, 5), sharex=True, squeeze=False)
     for axis, name in zip(axes.flat, names, strict=True):
         for arm, of_arm in found.groupby("arm", sort=False):
             style = "--" if "hybrid" in arm else "-"
