@@ -1,4 +1,4 @@
-"""What is asked of simplified attention: skipped layers, swapped embeddings, maps, indicators, costs."""
+"""What is asked of simplified attention: skipped layers, common embeddings, maps, indicators, costs."""
 
 import math
 from functools import partial
@@ -15,8 +15,8 @@ from reattend.language_modeling.deconstructing_attention import (
     softmax_maps,
 )
 from reattend.studies.deconstructing_attention import (
+    common_embeddings,
     counted_cost,
-    foreign_embeddings,
     indicators,
     logits_by_layer,
     maps_by_layer,
@@ -46,7 +46,7 @@ def tokens(rows=3, length=9, seed=1):
     return torch.randint(11, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-# --- skipping and swapping -----------------------------------------------------------------------
+# --- taking parts out -----------------------------------------------------------------------
 
 
 def test_a_skipped_layer_is_a_stack_without_it():
@@ -75,15 +75,19 @@ def test_a_skipped_mixer_leaves_the_feed_forward_part():
     torch.testing.assert_close(found, whole(text), **EXACT)
 
 
-def test_foreign_embeddings_are_those_of_the_next_row():
+def test_common_embeddings_are_the_mean_in_every_place():
     static, text = model([partial(StaticEmbQK, heads=HEADS)] * 2), tokens()
-    with foreign_embeddings(static):
+    whole = static(text)
+    with common_embeddings(static):
         calls = mixer_calls(static, text)
+        changed = static(text)
+    expected = static.tokens(text).flatten(0, 1).mean(0).expand(3, 9, -1)
     for _, _, more in calls:
-        expected = static.tokens(text[[1, 2, 0]])
         torch.testing.assert_close(more["embeddings"], expected, **EXACT)
+    assert (changed - whole).abs().max() > 0.001
+    torch.testing.assert_close(static(text), whole, **EXACT)
     standard = model()
-    with foreign_embeddings(standard):  # nothing to swap
+    with common_embeddings(standard):  # nothing is read
         torch.testing.assert_close(standard(text), model()(text), **EXACT)
 
 

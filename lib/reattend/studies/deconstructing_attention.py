@@ -17,7 +17,7 @@ from reattend.language_modeling.deconstructing_attention import NonApproximate
 from reattend.trunks.language import Trunk, innermost
 from reattend.trunks.mixers import SoftmaxAttention
 
-# --- skipping trained layers ---------------------------------------------------------------------
+# --- taking parts out of trained models ---------------------------------------------------------------------
 
 
 @contextmanager
@@ -44,16 +44,20 @@ def skipping(
 
 
 @contextmanager
-def foreign_embeddings(model: Trunk) -> Iterator[Trunk]:
-    """The model with the embeddings of the next row of the batch handed to mixers that read embeddings."""
+def common_embeddings(model: Trunk) -> Iterator[Trunk]:
+    """The model with one embedding, the mean of all in the batch, in the place of each that its mixers read.
 
-    def swap(module: nn.Module, arguments: tuple, more: dict) -> tuple[tuple, dict]:
-        return arguments, more | {"embeddings": more["embeddings"].roll(-1, 0)}
+    Maps that are made of embeddings then know positions alone: the placebo of `StaticEmbQK`.
+    """
+
+    def common(module: nn.Module, arguments: tuple, more: dict) -> tuple[tuple, dict]:
+        read = more["embeddings"]
+        return arguments, more | {"embeddings": read.mean((0, 1)).expand_as(read)}
 
     with ExitStack() as hooks:
         for block in model.blocks:
             if getattr(block.mixer, "reads_embeddings", False):
-                hook = block.mixer.register_forward_pre_hook(swap, with_kwargs=True)
+                hook = block.mixer.register_forward_pre_hook(common, with_kwargs=True)
                 hooks.callback(hook.remove)
         yield model
 

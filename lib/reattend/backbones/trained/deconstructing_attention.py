@@ -1,8 +1,8 @@
 """Small language models of Deconstructing Attention on news and essays, read byte by byte.
 
 Simplified mixers in all layers, or in some beside standard attention. All arms have equally many parameters but
-"Half", which is a hybrid's standard layers without the simplified ones. Arms of one seed start with the same
-embeddings and read the same text in the same order.
+"Half", which is a hybrid's standard layers without the simplified ones. A hybrid whose other layers are MLPs is the
+placebo of the other hybrids. Arms of one seed start with the same embeddings and read the same text in the same order.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def plan(steps: int, rate: float) -> TrainingPlan:
 
 SIMPLE = ("MLP", "Approximate", "Non-approximate", "RndEmbQK", "FixedSeqQK", "StaticEmbQK")
 HYBRIDS = ("Non-approximate hybrid", "RndEmbQK hybrid", "StaticEmbQK hybrid")
-MAIN = ("Standard", "Half", *SIMPLE, *HYBRIDS)
-MORE = ("MLP hybrid", "Approximate hybrid", "FixedSeqQK hybrid")
+MAIN = ("Standard", "Half", *SIMPLE, *HYBRIDS, "MLP hybrid")
+MORE = ("Approximate hybrid", "FixedSeqQK hybrid")
 PLACES = ("shifted", "bottom", "middle", "top", "quarter", "all but first", "all but last")
 PLACED = tuple(f"RndEmbQK {place}" for place in (*PLACES, "all but both ends"))
 SETTINGS = {
