@@ -93,6 +93,8 @@ def learning_figure(
     left.set(xlabel="training step", ylabel="training loss (nats a byte)", title="learning curves")
     middle.set(xlabel="tokens before", ylabel="held-out loss (nats a byte)", title="by context")
     right.set(xlabel="context", ylabel="nats a token", xscale="log", title="the paper's table 4")
+    right.set_xticks(reported.context[::2], reported.context[::2])
+    right.minorticks_off()
     left.legend(fontsize=7, ncols=2)
     right.legend(fontsize=7)
     return figure
