@@ -107,7 +107,8 @@ def maps_figure(maps: Mapping[str, Sequence[np.ndarray]], columns: Sequence[str]
     )
     for column, (name, drawn) in zip(axes.T, maps.items(), strict=True):
         for axis, weights in zip(column, drawn, strict=True):
-            axis.imshow(np.sqrt(np.clip(weights, 0, 1)), cmap="Blues", vmin=0, vmax=1)
+            drawn = np.sqrt(np.clip(weights, 0, 1))
+            axis.imshow(drawn, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
         column[0].set_title(name, fontsize=9)
