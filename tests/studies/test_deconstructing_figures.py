@@ -35,13 +35,13 @@ def test_arms_stand_where_they_lie_above_standard_and_beside_the_paper():
 
 def test_learning_curves_are_means_over_seeds_and_steps():
     losses = {"MLP": np.stack([np.arange(48.0), np.arange(48.0) + 2])}
-    by_position = {"MLP": np.full((3, 16), 2.5)}
+    gains = {"MLP": np.full((3, 16), 0.5)}
     contexts = pd.DataFrame({"context": [128, 256], "Standard": [69.9, 56.2]})
-    figure = figures.learning_figure(losses, by_position, contexts, bigram=2.4)
+    figure = figures.learning_figure(losses, gains, contexts, bigram=2.4)
     left, middle, right = figure.axes
     assert left.lines[0].get_ydata()[:2] == pytest.approx([1.5, 3.5])
     assert left.lines[0].get_xdata()[:2] == pytest.approx([1, 3])
-    assert middle.lines[0].get_ydata() == pytest.approx(np.full(8, 2.5))
+    assert middle.lines[0].get_ydata() == pytest.approx(np.full(8, 0.5))
     assert right.lines[0].get_ydata() == pytest.approx(np.log([69.9, 56.2]))
 
 

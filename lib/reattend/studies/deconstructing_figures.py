@@ -60,15 +60,15 @@ def arms_figure(nats: Mapping[str, np.ndarray], reported: pd.DataFrame) -> Figur
 
 def learning_figure(
     losses: Mapping[str, np.ndarray],
-    by_position: Mapping[str, np.ndarray],
+    gains: Mapping[str, np.ndarray],
     reported: pd.DataFrame,
     bigram: float,
 ) -> Figure:
-    """Training loss by step, held-out loss by tokens before, and the paper's perplexity by context.
+    """Training loss by step, what context gives by tokens before, and the paper's perplexity by context.
 
     Args:
         losses: arm -> [seeds, steps].
-        by_position: arm -> held-out loss, [seeds, predictions].
+        gains: arm -> nats below the MLP's at each place of held-out rows, [seeds, predictions].
         reported: "context", and perplexities in columns with arms' names.
     """
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.9), width_ratios=[3, 3, 2])
@@ -78,23 +78,24 @@ def learning_figure(
         shown = values[:, :steps].reshape(len(values), -1, every).mean(2).mean(0)
         style = "--" if "hybrid" in arm else "-"
         left.plot((np.arange(len(shown)) + 0.5) * every, shown, style, color=colour(arm), label=arm)
-    for arm, curves in by_position.items():
+    for arm, curves in gains.items():
         bins = np.array_split(np.arange(1, curves.shape[1] + 1), 8)
         far = np.array([[curve[part - 1].mean() for part in bins] for curve in curves])
         style = "--" if "hybrid" in arm else "-"
         mean_curve(middle, [part.mean() for part in bins], far, colour(arm), arm, style)
-    middle.axhline(bigram, color="black", linestyle=":", linewidth=1)
-    middle.annotate("bigrams", (1, bigram), textcoords="offset points", xytext=(0, 3), fontsize=8)
     for arm in reported.columns.drop("context"):
         shown = reported.dropna(subset=[arm])
         style = "s--" if "hybrid" in arm else "s-"
         kept = {"color": colour(arm), "mec": "black", "mew": 0.5, "ms": 5}
         right.plot(shown.context, np.log(shown[arm]), style, **kept, label=arm)
     left.set(xlabel="training step", ylabel="training loss (nats a byte)", title="learning curves")
-    middle.set(xlabel="tokens before", ylabel="held-out loss (nats a byte)", title="by context")
+    middle.set(
+        xlabel="tokens before", ylabel="nats a byte below the MLP", title="held out, by context"
+    )
     right.set(xlabel="context", ylabel="nats a token", xscale="log", title="the paper's table 4")
     right.set_xticks(reported.context[::2], reported.context[::2])
     right.minorticks_off()
+    left.axhline(bigram, color="black", linestyle=":", linewidth=1, label="bigrams, held out")
     left.legend(fontsize=7, ncols=2)
     right.legend(fontsize=7)
     return figure
