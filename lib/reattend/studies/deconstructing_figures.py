@@ -201,7 +201,7 @@ def logits_figure(
     axes[-1].set(yscale="log", xlabel="layer", title="largest magnitude", xticks=layers)
     axes[0].set_ylabel("share")
     axes[0].legend(fontsize=7)
-    axes[-1].legend(fontsize=7)
+    axes[-1].legend(fontsize=7, loc="center right", bbox_to_anchor=(1, 0.75))
     return figure
 
 
