@@ -1,4 +1,4 @@
-"""MambaRec (Ma et al. 2025, arXiv 2509.09114): multimodal recommendation with DREAM and two alignment losses.
+"""MambaRec (Ren et al. 2025, arXiv 2509.09114): multimodal recommendation with DREAM and two alignment losses.
 
 Items have features in several modalities (a picture, words) and users have interacted with items. MambaRec is the
 graph recommender MGCN with a refinement of the projected features in front (DREAM, "multi-scale bilateral

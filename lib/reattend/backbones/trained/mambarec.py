@@ -5,7 +5,7 @@ picture, and MiniLM's vector of caption and folder for the words. A seed is a wo
 items, who likes what, the split; `reattend.data.tastes`) with its own initial values, batches, negatives and
 dropout, all the same for every arm. All seeds of an arm are trained side by side.
 
-Files: `content.safetensors` and `curves.safetensors`; see `load`.
+Files: `content`, `levels`, `curves` and `refined`, all safetensors; see `load`.
 """
 
 from __future__ import annotations
@@ -163,8 +163,22 @@ class Worlds:
         chosen = F.one_hot(world.catalogue, len(next(iter(catalogue.values())))).sum(1)
         others = chosen.argsort(dim=1, stable=True)[:, : chosen.shape[1] - items]
         content = {name: table[world.catalogue] for name, table in catalogue.items()}
+        unseen = {name: table[others] for name, table in catalogue.items()}
+        return Worlds(tuple(seeds), world, content, unseen)
+
+    def first(self, count: int) -> Worlds | None:
+        """The first worlds, all where they are fewer; None where none is asked for."""
+        if count <= 0:
+            return None
         return Worlds(
-            tuple(seeds), world, content, {name: table[others] for name, table in catalogue.items()}
+            self.seeds[:count],
+            World(
+                self.world.catalogue[:count],
+                self.world.utility[:count],
+                {part: mask[:count] for part, mask in self.world.parts.items()},
+            ),
+            {name: table[:count] for name, table in self.content.items()},
+            {name: table[:count] for name, table in self.unseen.items()},
         )
 
 
@@ -301,7 +315,7 @@ def check(model: nn.Module, worlds: Worlds) -> Float[Tensor, "worlds measures"]:
     return torch.cat([found, apart], 1)
 
 
-def scores_of(scores: Tensor, world: World) -> Float[Tensor, "worlds measures"]:
+def scores_of(scores: Tensor, world: World) -> Float[Tensor, "worlds scores"]:
     """Validation and test measures of some scores, without MMD; validation items stay candidates at test."""
     parts = world.parts
     validation = list_scores(scores, parts["train"], parts["validation"], 20)
@@ -314,7 +328,7 @@ def fit(
 ) -> tuple[nn.Module, Float[Tensor, "checks worlds measures"]]:
     """Models of an arm trained on all worlds side by side, and what the checks found, the untrained first."""
     model, cloud = make_model(worlds, arm, setting), clouds(worlds, setting.width)
-    optimiser = torch.optim.Adam(model.parameters(), lr=arm.rate)
+    optimiser = torch.optim.Adam(model.parameters(), lr=arm.rate, fused=True)
     found = [check(model, worlds)]
     for epoch in range(setting.epochs):
         for group in optimiser.param_groups:
@@ -327,3 +341,135 @@ def fit(
         if (epoch + 1) % setting.every == 0:
             found.append(check(model, worlds))
     return model, torch.stack(found)
+
+
+# The build ----------------------------------------------------------------------------------------
+
+OFF = Design(refine="off")
+UNALIGNED = Weights(align=0.0)
+
+ARMS = {
+    "MambaRec": Arm(5e-3),
+    "MGCN": Arm(5e-3, design=OFF, weights=UNALIGNED),
+    "no DREAM": Arm(5e-3, design=OFF),
+    "plain layer": Arm(5e-3, design=Design(refine="plain")),
+    "no MMD": Arm(5e-3, weights=UNALIGNED),
+    "random clouds": Arm(5e-3, align_to="cloud"),
+    "no CL": Arm(5e-3, weights=Weights(contrast=0.0)),
+    "permuted pairs": Arm(5e-3, pairs="permuted"),
+    "factor 1": Arm(5e-3, design=Design(factor=1)),
+    "permuted features": Arm(5e-3, content="permuted"),
+    "LightGCN": Arm(5e-3, "lightgcn"),
+}
+"""Trained with every seed. "MGCN" is MambaRec without DREAM and MMD: equal depth, projections, dropout."""
+GRID = {
+    (align, bandwidth): "MambaRec"
+    if (align, bandwidth) == (0.1, 1.0)
+    else f"MMD {align:g}, s {bandwidth:g}"
+    for align in (0.1, 0.15, 0.2)
+    for bandwidth in (1.0, 1.5, 2.0)
+}
+"""The settings among which the released runner keeps the one that is best on test."""
+MORE_ARMS = {
+    "BPR-MF": Arm(5e-3, "lightgcn", layers=0),
+    "VBPR": Arm(5e-3, "vbpr"),
+    "MGCN as released": Arm(
+        5e-3, design=replace(OFF, wide=(), norm=False), weights=UNALIGNED, layers=2
+    ),
+    "single layer": Arm(5e-3, design=Design(refine="layer")),
+    "square": Arm(5e-3, design=Design(refine="square")),
+    "gates of the figure": Arm(5e-3, design=Design(refine="figure")),
+    "factor 192": Arm(5e-3, design=Design(factor=192)),
+    **{
+        name: Arm(5e-3, weights=Weights(align=align, bandwidth=bandwidth))
+        for (align, bandwidth), name in GRID.items()
+        if name not in ARMS
+    },
+}
+"""Trained with the first seeds only, for tables."""
+
+SETTINGS = {
+    "smoke": Setting(3, Taste(30, 40, 2, counts=(5, 2, 6)), 3, 1, 2, 1, 75, 8, 3),
+    "cpu": Setting(None, Taste(), 12, 4, 40, 5, 1_000, 64, 6),
+    "gpu": Setting(None, Taste(2_000, 700), 24, 8, 60, 5, 4_000, 64, 24),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All that was trained in a profile.
+
+    Attributes:
+        content: features of all stamps.
+        levels: scores of the true utility ("oracle") and of "popularity", without MMD.
+        curves: what the checks of an arm found, by seed; the first check is of the untrained models.
+        refined: embeddings of the unseen stamps of the first seed at the end, by arm and modality.
+    """
+
+    content: dict[str, Float[Tensor, "stamps dim"]]
+    levels: dict[str, Float[Tensor, "seeds scores"]]
+    curves: dict[str, Float[Tensor, "checks seeds measures"]]
+    refined: dict[str, dict[str, Float[Tensor, "others width"]]]
+
+
+def build(target: Path, profile: str) -> None:
+    """Train all arms of a profile and write what they found into the empty directory `target`."""
+    setting = SETTINGS[profile]
+    content = stamp_content(setting.limit)
+    parts = torch.arange(setting.seeds).split(setting.together)
+    groups = [Worlds.of(content, setting.taste, part.tolist()) for part in parts]
+    levels = {
+        "oracle": [scores_of(worlds.world.utility, worlds.world) for worlds in groups],
+        "popularity": [
+            scores_of(popularity(worlds.world.parts["train"]), worlds.world) for worlds in groups
+        ],
+    }
+    curves, refined = {}, {}
+    for name, arm in (ARMS | MORE_ARMS).items():
+        few = setting.seeds if name in ARMS else setting.few
+        found = []
+        for worlds in groups:
+            if (asked := worlds.first(few - sum(len(f[0]) for f in found))) is None:
+                break
+            model, curve = fit(asked, arm, setting)
+            if not found and arm.kind == "mambarec":
+                refined |= {f"{name}/{m}": r for m, r in embedded(model, asked).items()}
+            found.append(curve)
+        curves[name] = torch.cat(found, 1).contiguous()
+        print(f"{name}: {curves[name].shape[1]} seeds", flush=True)
+    levels = {name: torch.cat(found) for name, found in levels.items()}
+    save_file(content, target / "content.safetensors")
+    save_file(levels, target / "levels.safetensors")
+    save_file(curves, target / "curves.safetensors")
+    save_file(refined, target / "refined.safetensors")
+
+
+@torch.no_grad()
+def embedded(model: MambaRec, worlds: Worlds) -> dict[str, Float[Tensor, "others width"]]:
+    """Refined embeddings of the unseen stamps of the first world, by modality."""
+    model.eval()
+    return {m: model.refined(m, worlds.unseen[m])[0].contiguous() for m in MODALITIES}
+
+
+def load(profile: str = "cpu") -> Trained:
+    """All that was trained in a profile; builds it first when it is missing."""
+    directory = backbone_path("mambarec", profile)
+    files = ("content", "levels", "curves", "refined")
+    read = {name: load_file(directory / f"{name}.safetensors") for name in files}
+    refined: dict[str, dict[str, Tensor]] = {}
+    for key, table in read["refined"].items():
+        arm, _, modality = key.rpartition("/")
+        refined.setdefault(arm, {})[modality] = table
+    curves = {name: read["curves"][name] for name in ARMS | MORE_ARMS}
+    return Trained(read["content"], read["levels"], curves, refined)
+
+
+def chosen(
+    curve: Float[Tensor, "checks seeds measures"],
+) -> tuple[Int[Tensor, " seeds"], Float[Tensor, "seeds measures"]]:
+    """The check that is best by validation Recall@20, for every seed, and what was measured there.
+
+    The untrained models cannot be chosen; of equal checks the earliest is.
+    """
+    best = curve[1:, :, MEASURES.index("validation R@20")].argmax(0) + 1
+    return best, curve[best, torch.arange(curve.shape[1])]
