@@ -95,10 +95,11 @@ def test_draws_depend_on_seed_and_epoch_alone():
 def test_a_world_trains_as_it_would_alone(name):
     arm = (ARMS | MORE_ARMS)[name]
     (_, together), (_, alone) = (fit(w, arm, SETTING) for w in (worlds_of(3, 4), worlds_of(4)))
-    # Adam makes a full step of a gradient that is zero but for rounding, so that MMD differs in the fourth digit.
-    torch.testing.assert_close(together[:, 1:], alone, rtol=0, atol=4e-3, equal_nan=True)
+    # Adam makes a full step of a gradient that is zero but for rounding, so that MMD differs in the third digit.
+    torch.testing.assert_close(together[..., :6][:, 1:], alone[..., :6], rtol=0, atol=1e-4)
+    torch.testing.assert_close(together[:, 1:], alone, rtol=0, atol=2e-2, equal_nan=True)
     assert (together[-1, 0] - together[-1, 1])[:6].abs().max() > 0.02
-    assert together.shape == (3, 2, len(MEASURES))
+    assert together.shape == (2 * arm.longer + 1, 2, len(MEASURES))
 
 
 def test_losses_of_arms():
@@ -168,14 +169,12 @@ def test_checks_are_made_in_evaluation_mode_on_unseen_things():
     assert (best > found[:, MEASURES.index("R@20")]).all()
 
 
-def test_the_check_is_chosen_by_validation_and_never_the_untrained_one():
+def test_the_check_is_chosen_by_mean_validation_and_never_the_untrained_one():
     curve = torch.zeros(4, 2, len(MEASURES))
-    curve[:, 0, 0] = torch.tensor([9.0, 1.0, 3.0, 3.0])
-    curve[:, 1, 0] = torch.tensor([0.0, 1.0, 2.0, 5.0])
-    curve[..., 5] = torch.arange(8.0).view(4, 2)
-    checks, found = chosen(curve)
-    assert checks.tolist() == [2, 3]
-    assert found[:, 5].tolist() == [4.0, 7.0]
+    curve[:, 0, 0] = torch.tensor([9.0, 1.0, 4.0, 3.0])
+    curve[:, 1, 0] = torch.tensor([9.0, 1.0, 4.0, 5.0])
+    curve[..., 4] = torch.arange(4.0)[:, None]
+    assert chosen(curve) == 2
 
 
 def test_features_are_centred_and_of_unit_mean_square():
@@ -202,7 +201,7 @@ def test_arms_differ_from_mambarec_in_what_they_are_named_for():
         "permuted pairs": {"pairs"},
         "factor 1": {"design"},
         "permuted features": {"content"},
-        "LightGCN": {"kind"},
+        "LightGCN": {"kind", "longer"},
     }
     assert ARMS["plain layer"].design == Design(refine="plain")
     assert ARMS["MGCN"].design == OFF

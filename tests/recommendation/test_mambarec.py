@@ -347,7 +347,7 @@ def small_batch(copies):
     return Batch(*(rows_of(copies, 6, n, seed) for seed, n in enumerate(counts)))
 
 
-@pytest.mark.parametrize("refine", ["dream", "figure", "square", "plain", "layer", "off"])
+@pytest.mark.parametrize("refine", ["dream", "figure", "square", "plain", "off"])
 def test_a_copy_trains_as_it_would_alone(refine):
     design = Design(refine=refine, width=4)
     together, alone = small_model((3, 8), design), small_model((8,), design)

@@ -35,15 +35,15 @@ def curve(validation, test):
 
 
 CURVES = {
-    "MGCN": curve([[0.0, 0.0], [0.2, 0.1], [0.1, 0.3]], [[0.0, 0.0], [0.4, 0.5], [0.9, 0.6]]),
-    "other": curve([[0.9, 0.9], [0.1, 0.2], [0.3, 0.1]], [[0.0, 0.0], [0.3, 0.7], [0.3, 0.9]]),
+    "MGCN": curve([[0.0, 0.0], [0.2, 0.3], [0.1, 0.3]], [[0.0, 0.0], [0.4, 0.6], [0.9, 0.1]]),
+    "other": curve([[0.9, 0.9], [0.1, 0.2], [0.3, 0.1]], [[0.0, 0.0], [0.3, 0.9], [0.3, 0.7]]),
 }
 
 
-def test_scores_are_those_of_the_check_that_validation_chose():
+def test_scores_are_those_of_the_check_that_validation_chose_for_the_arm():
     scores = chosen_scores(CURVES)
-    assert scores["check"].tolist() == [1, 2, 2, 1]
-    assert scores["last"].tolist() == [False, True, True, False]
+    assert scores["check"].tolist() == [1, 1, 2, 2]
+    assert scores["last"].tolist() == [False, False, True, True]
     assert scores["R@20"].tolist() == [0.4, 0.6, 0.3, 0.7]
 
 
@@ -86,7 +86,7 @@ def test_pictures():
     assert len(draw_attention(hidden, hidden * 2, gates).axes) == 7
     axis = draw_gains({"a": [1.0, 2.0, 4.0], "b": [0.0, 1.0, 3.0]}, 0.5, {"a": [5.0]}).axes[0]
     assert [t.get_text() for t in axis.get_yticklabels()] == ["a", "b"]
-    axis = draw_curves({"a": torch.rand(3, 4)}, [0, 5, 10], {"level": 0.1}).axes[0]
+    axis = draw_curves({"a": torch.rand(3, 4), "b": torch.rand(5, 3)}, 5, {"level": 0.1}).axes[0]
     assert axis.get_xlabel() == "epochs"
     frame = pd.DataFrame([[0.1, 0.2]], index=[0.1], columns=[1.0, 2.0])
     axes = draw_grid(frame, 2 * frame).axes

@@ -36,7 +36,7 @@ class Taste:
     components: int = 12
     shown: float = 0.7
     appeal: float = 1.6
-    popularity: float = 0.7
+    popularity: float = 0.5
     noise: float = 2 / 3
     counts: tuple[int, int, int] = (8, 2, 12)
 

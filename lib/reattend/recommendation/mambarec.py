@@ -355,7 +355,7 @@ class Graphs:
 # The model ----------------------------------------------------------------------------------------
 
 
-Refine = Literal["dream", "figure", "square", "plain", "layer", "off"]
+Refine = Literal["dream", "figure", "square", "plain", "off"]
 
 
 @dataclass(frozen=True)
@@ -363,8 +363,7 @@ class Design:
     """What a model is made of; the defaults are MambaRec's, and `refine="off"` gives MGCN in its surroundings.
 
     Attributes:
-        refine: what stands between projection and layer norm: a `Dream` with one of its gates, a single "layer"
-            (layer norm, linear, ReLU), or nothing ("off").
+        refine: what stands between projection and layer norm: `Dream` with one of its gates, or nothing ("off").
         wide: modalities that two linear layers project, the first to a width divided by `factor`.
         factor: of that reduction.
         norm: whether layer norm (one for all modalities) and dropout follow.
@@ -429,9 +428,6 @@ class Projection(nn.Module):
 def _refinement(generators: Sequence[Generator], design: Design) -> nn.Module:
     if design.refine == "off":
         return nn.Identity()
-    if design.refine == "layer":
-        norm = LayerNorm(len(generators), design.width)
-        return nn.Sequential(norm, Linear(generators, design.width, design.width), nn.ReLU())
     gate = {"dream": "released", "plain": "none"}.get(design.refine, design.refine)
     return Dream(generators, design.width, gate)
 

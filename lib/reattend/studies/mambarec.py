@@ -15,14 +15,14 @@ RANKING = ("R@10", "R@20", "N@10", "N@20")
 
 
 def chosen_scores(curves: Mapping[str, Float[Tensor, "checks seeds measures"]]) -> pd.DataFrame:
-    """One row an arm and seed: all measures at the check that validation chose, and whether that was the last.
+    """One row an arm and seed: all measures at the check that validation chose for the arm.
 
-    Columns: arm, seed, check, last, and `MEASURES`.
+    Columns: arm, seed, check, last (whether there is no later check), and `MEASURES`.
     """
     rows = []
     for arm, curve in curves.items():
-        checks, found = chosen(curve)
-        for seed, (check, values) in enumerate(zip(checks.tolist(), found.tolist(), strict=True)):
+        check = chosen(curve)
+        for seed, values in enumerate(curve[check].tolist()):
             head = {"arm": arm, "seed": seed, "check": check, "last": check == len(curve) - 1}
             rows.append(head | dict(zip(MEASURES, values, strict=True)))
     return pd.DataFrame(rows)
@@ -61,7 +61,7 @@ def selection_effect(
 ) -> pd.DataFrame:
     """What choosing among the given arms on test adds to test Recall@20, by seed.
 
-    Within an arm the check is chosen by validation, as in the released code. Columns: seed, the arm and the
+    Within an arm the check is chosen by validation. Columns: seed, the arm and the
     test recall that validation chooses, those that test chooses, and the difference.
     """
     scores = chosen_scores(curves)

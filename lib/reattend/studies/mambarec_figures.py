@@ -66,17 +66,20 @@ def draw_gains(
 
 
 def draw_curves(
-    curves: Mapping[str, Float[Tensor, "checks seeds"]],
-    epochs: Sequence[int],
-    levels: Mapping[str, float],
+    curves: Mapping[str, Float[Tensor, "_checks _seeds"]], every: int, levels: Mapping[str, float]
 ) -> Figure:
-    """NDCG@20 against epochs, arms as lines; what needs no training as dashed levels."""
+    """NDCG@20 against epochs, arms as lines; what needs no training as dashed levels.
+
+    Args:
+        every: epochs between two checks.
+    """
     fig, axis = plt.subplots(figsize=(8, 4))
     for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
+        epochs = [every * check for check in range(len(values))]
         mean_curve(axis, epochs, values.T.numpy(), colour, name)
     for name, level in levels.items():
         axis.axhline(level, color="black", lw=0.8, ls="--")
-        axis.text(epochs[-1], level, f"{name} ", ha="right", va="bottom", fontsize=8)
+        axis.text(axis.get_xlim()[1], level, f"{name} ", ha="right", va="bottom", fontsize=8)
     axis.set(xlabel="epochs", ylabel="NDCG@20 (test)")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return fig
