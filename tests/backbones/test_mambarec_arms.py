@@ -39,7 +39,7 @@ from reattend.recommendation.mambarec import (
 from reattend.recommendation.ranking import list_scores
 
 TASTE = Taste(users=23, items=31, components=2, counts=(4, 2, 5))
-SETTING = Setting(None, TASTE, 2, 1, 2, 1, 37, 6, 2)
+SETTING = Setting(None, TASTE, 2, 1, 1, 2, 1, 37, 6, 2)
 
 
 def catalogue():
@@ -207,9 +207,11 @@ def test_arms_differ_from_mambarec_in_what_they_are_named_for():
     assert ARMS["MGCN"].design == OFF
     assert ARMS["no MMD"].weights == replace(whole.weights, align=0.0)
     assert ARMS["no CL"].weights == replace(whole.weights, contrast=0.0)
-    for (align, bandwidth), name in GRID.items():
-        weights = MORE_ARMS[name].weights if name in MORE_ARMS else whole.weights
-        assert (weights.align, weights.bandwidth) == (align, bandwidth)
+    assert next(iter(GRID.values())) == whole
+    for name, arm in GRID.items():
+        assert replace(arm, weights=whole.weights) == whole
+        assert name == f"MMD {arm.weights.align:g}, s {arm.weights.bandwidth:g}"
+    assert len(set(map(repr, GRID.values()))) == 9
 
 
 def test_few_worlds_are_the_first_ones():
@@ -223,11 +225,14 @@ def test_few_worlds_are_the_first_ones():
 
 def test_smoke_trains_every_arm(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "stamp_content", lambda limit: catalogue())
-    monkeypatch.setitem(build.SETTINGS, "smoke", replace(SETTING, seeds=3, few=1, together=2))
+    monkeypatch.setitem(
+        build.SETTINGS, "smoke", replace(SETTING, seeds=3, few=2, grid=1, together=2)
+    )
     build.build(tmp_path, "smoke")
     monkeypatch.setattr(build, "backbone_path", lambda *_: tmp_path)
     found = build.load("smoke")
     assert {len(found.curves[name][0]) for name in ARMS} == {3}
-    assert {len(found.curves[name][0]) for name in MORE_ARMS} == {1}
+    assert {len(found.curves[name][0]) for name in MORE_ARMS} == {2}
+    assert {len(found.curves[name][0]) for name in GRID} == {1}
     assert found.refined["MambaRec"]["words"].shape == (13, 6)
     assert found.levels["oracle"].shape[0] == 3
