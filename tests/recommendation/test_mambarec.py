@@ -394,12 +394,17 @@ def test_forward_step_by_step():
     torch.testing.assert_close(views.scores()[0], final[:USERS] @ final[USERS:].T)
 
 
-def test_dropout_scales_normalised_features():
+def test_dropout_scales_the_normalised_features_of_each_modality():
     model = small_model().eval()
-    ones, zeros = torch.ones(1, 2, ITEMS, 4), torch.zeros(1, 2, ITEMS, 4)
-    torch.testing.assert_close(model(ones).side, model().side)
-    model.gates["picture"].bias.data.fill_(9.0)
-    assert not torch.allclose(model(zeros).side, model().side)
+    keep = torch.ones(1, 2, ITEMS, 4)
+    torch.testing.assert_close(model(keep).side, model().side)
+    keep[:, 1] = 0  # of the words nothing is left but the gate's offset
+    before = model(keep).side
+    model.gates["words"].weight.data.mul_(2)
+    torch.testing.assert_close(model(keep).side, before)
+    assert not torch.allclose(model().side, before)
+    model.gates["picture"].weight.data.mul_(2)
+    assert not torch.allclose(model(keep).side, before)
 
 
 def test_objective_is_the_weighted_sum_and_mmd_compares_what_dream_gives():
