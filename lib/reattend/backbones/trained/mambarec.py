@@ -385,7 +385,7 @@ GRID = {
 
 SETTINGS = {
     "smoke": Setting(3, Taste(30, 40, 2, counts=(5, 2, 6)), 3, 1, 1, 2, 1, 75, 8, 3),
-    "cpu": Setting(None, Taste(), 8, 2, 1, 60, 5, 2_000, 64, 4),
+    "cpu": Setting(None, Taste(), 6, 2, 1, 60, 5, 2_000, 64, 3),
     "gpu": Setting(None, Taste(2_000, 700), 24, 8, 8, 60, 5, 8_000, 64, 24),
 }
 
