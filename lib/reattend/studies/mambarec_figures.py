@@ -61,7 +61,7 @@ def draw_gains(
     axis.set_yticks(range(len(differences)), list(differences))
     axis.invert_yaxis()
     axis.set(xlabel="difference in NDCG@20, % of MGCN's")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axis.legend(loc="lower right")
     return fig
 
 
