@@ -237,7 +237,8 @@ def test_info_nce_is_the_loss_over_the_gathered_batch(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_bpr_and_regulariser_member_by_member(seed):
     views = Views(normal(2, 9, 3, seed=seed), normal(2, 9, 3, seed=seed + 9), {}, users=4)
-    batch = Batch(*(rows_of(2, 7, n, seed + n) for n in (4, 5, 5)))
+    batch = Batch(*(rows_of(2, 7, n, 3 * seed + place) for place, n in enumerate((4, 5, 5))))
+    assert not torch.equal(batch.positives, batch.negatives)
     found = recommendation_loss(views, batch, decay=0.3)
     final = views.content + views.side
     for copy in range(2):
@@ -351,9 +352,10 @@ def small_batch(copies):
 def test_a_copy_trains_as_it_would_alone(refine):
     design = Design(refine=refine, width=4)
     together, alone = small_model((3, 8), design), small_model((8,), design)
-    rows, weights = rows_of(1, 6, 5), Weights(contrast=0.5)
+    weights = Weights(contrast=0.5)
+    rows = [rows_of(1, 6, 5, seed) for seed in SEEDS]
     for model, copies in ((together, 2), (alone, 1)):
-        batch = Batch(*(rows.expand(copies, -1) for _ in range(3)))
+        batch = Batch(*(r.expand(copies, -1) for r in rows))
         objective(model(), batch, weights).sum().backward()
     for name, parameter in together.named_parameters():
         other = alone.get_parameter(name).grad.flatten()
