@@ -17,7 +17,15 @@ from packaging.requirements import Requirement
 
 CORE = {"jaxtyping", "numpy", "safetensors", "scipy", "torch", "transformers"}
 # Rooms that work without Jupyter, DVC and the files of a checkout.
-CORE_ROOMS = ("attention", "trunks", "language_modeling", "long_context", "theory", "vision")
+CORE_ROOMS = (
+    "attention",
+    "trunks",
+    "language_modeling",
+    "long_context",
+    "recommendation",
+    "theory",
+    "vision",
+)
 
 ATTACH = """
 import importlib, torch, transformers

@@ -1,0 +1,468 @@
+"""MambaRec, MGCN, their ablations and baselines, trained on simulated tastes over real stamps, many seeds each.
+
+The catalogue is the captioned Tux Paint stamps: features are [CLS] and the mean patch of a frozen ViT-S/14 for the
+picture, and MiniLM's vector of caption and folder for the words. A seed is a world (which stamps are
+items, who likes what, the split; `reattend.data.tastes`) with its own initial values, batches, negatives and
+dropout, all the same for every arm. All seeds of an arm are trained side by side.
+
+Files: `content`, `levels`, `curves` and `refined`, all safetensors; see `load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from reattend.backbones.features import extract
+from reattend.backbones.pretrained import minilm, vit
+from reattend.backbones.store import backbone_path
+from reattend.data.images import stamps
+from reattend.data.tastes import Taste, World, draw_world, stack
+from reattend.recommendation.baselines import VBPR, LightGCN, popularity
+from reattend.recommendation.mambarec import (
+    Batch,
+    Design,
+    Graphs,
+    MambaRec,
+    Rows,
+    Views,
+    Weights,
+    alignment_loss,
+    contrastive_loss,
+    mmd,
+    occurrences,
+    recommendation_loss,
+)
+from reattend.recommendation.ranking import list_scores
+from reattend.trunks.encoders import BiEncoder, TextEncoder, tokenise
+
+VIT_LAYER, VIT_SIZE = 10, 112
+MODALITIES = ("picture", "words")
+BANDWIDTHS = (
+    0.5,
+    1.0,
+)  # of the MMD that is measured: half of the one that is trained, and that one
+
+
+# Content ------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def stamp_content(limit: int | None) -> dict[str, Float[Tensor, "stamps dim"]]:
+    """Frozen features of all stamps by modality, centred, with a mean square of 1."""
+    pictures = stamps(64, limit=limit)
+    model = vit.load()
+
+    def encode(pixels: Tensor) -> Tensor:
+        tokens = vit.hidden_states(model, pixels, [VIT_LAYER], VIT_SIZE)
+        return torch.cat([tokens[:, :, :1], tokens[:, :, 1:].mean(2, keepdim=True)], 3)
+
+    seen = extract(encode, pictures.pixels, "stamps through the ViT")[0, :, 0].float()
+    names = [pictures.classes[label] for label in pictures.labels]
+    texts = [f"{c} ({n})" for c, n in zip(pictures.captions, names, strict=True)]
+    tokenizer, language = minilm.load()
+    encoder = BiEncoder(TextEncoder(language)).eval()
+    tokens = tokenise(tokenizer, texts, length=48)
+    read = torch.cat([encoder(tokens[rows]) for rows in torch.arange(len(texts)).split(64)])
+    tables = dict(zip(MODALITIES, (seen, read), strict=True))
+    return {name: standardised(table) for name, table in tables.items()}
+
+
+def standardised(table: Float[Tensor, "things dim"]) -> Float[Tensor, "things dim"]:
+    """Centred, and divided by one number so that the mean square is 1."""
+    centred = table - table.mean(0)
+    return centred / centred.square().mean().sqrt()
+
+
+# Arms ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train a recommender.
+
+    Attributes:
+        rate: of Adam, tuned for this arm on other seeds.
+        kind: of model.
+        design, weights: of MambaRec and its kin.
+        layers: of the interaction graph.
+        pairs: whether InfoNCE sets a batch member against itself ("own") or against another ("permuted").
+        align_to: what MMD brings a modality together with: the "other" one, or a random "cloud" of its own.
+        content: whose features an item has: its "own", or those of a random item ("permuted").
+        longer: as many times the epochs.
+    """
+
+    rate: float
+    kind: Literal["mambarec", "lightgcn", "vbpr"] = "mambarec"
+    design: Design = field(default_factory=Design)
+    weights: Weights = field(default_factory=Weights)
+    layers: int = 4
+    pairs: Literal["own", "permuted"] = "own"
+    align_to: Literal["other", "cloud"] = "other"
+    content: Literal["own", "permuted"] = "own"
+    longer: int = 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much is trained in one profile.
+
+    Attributes:
+        limit: stamps of each class (None: all).
+        taste: size and kind of the worlds.
+        seeds, few, grid: of ARMS, of MORE_ARMS, and of GRID.
+        epochs, every: of training, and between two checks.
+        batch: interactions of a step.
+        width: of embeddings.
+        together: seeds trained side by side.
+    """
+
+    limit: int | None
+    taste: Taste
+    seeds: int
+    few: int
+    grid: int
+    epochs: int
+    every: int
+    batch: int
+    width: int
+    together: int
+
+
+# Worlds -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """Several worlds side by side, with what a step draws.
+
+    Attributes:
+        seeds: of the worlds.
+        world: the worlds, stacked.
+        content: features of their items.
+        unseen: features of the stamps that are no items.
+    """
+
+    seeds: tuple[int, ...]
+    world: World
+    content: dict[str, Float[Tensor, "worlds items dim"]]
+    unseen: dict[str, Float[Tensor, "worlds others dim"]]
+
+    @staticmethod
+    def of(
+        catalogue: Mapping[str, Float[Tensor, "stamps dim"]], taste: Taste, seeds: Sequence[int]
+    ) -> Worlds:
+        """The worlds of some seeds."""
+        world = stack([draw_world(catalogue, taste, seed) for seed in seeds])
+        items = taste.items
+        chosen = F.one_hot(world.catalogue, len(next(iter(catalogue.values())))).sum(1)
+        others = chosen.argsort(dim=1, stable=True)[:, : chosen.shape[1] - items]
+        content = {name: table[world.catalogue] for name, table in catalogue.items()}
+        unseen = {name: table[others] for name, table in catalogue.items()}
+        return Worlds(tuple(seeds), world, content, unseen)
+
+    def first(self, count: int) -> Worlds | None:
+        """The first worlds, all where they are fewer; None where none is asked for."""
+        if count <= 0:
+            return None
+        return Worlds(
+            self.seeds[:count],
+            World(
+                self.world.catalogue[:count],
+                self.world.utility[:count],
+                {part: mask[:count] for part, mask in self.world.parts.items()},
+            ),
+            {name: table[:count] for name, table in self.content.items()},
+            {name: table[:count] for name, table in self.unseen.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One step's draws for every world.
+
+    Attributes:
+        batch: interactions and negatives.
+        others: for every batch member another one, as a permutation.
+        keep: dropout's factors.
+    """
+
+    batch: Batch
+    others: Rows
+    keep: Float[Tensor, "worlds modalities items width"]
+
+
+DROPOUT = 0.2
+
+
+def steps(worlds: Worlds, setting: Setting, epoch: int) -> Iterator[Drawn]:
+    """All steps of an epoch; a world's draws depend on its seed and the epoch alone."""
+    trained = worlds.world.parts["train"]
+    generators = [Generator().manual_seed(1_000_003 * seed + epoch) for seed in worlds.seeds]
+    orders, missing = [], []
+    for mask, generator in zip(trained, generators, strict=True):
+        users, positives = mask.nonzero(as_tuple=True)
+        order = torch.randperm(len(users), generator=generator)
+        users, positives = users[order], positives[order]
+        orders.append(torch.stack([users, positives]))
+        missing.append(negatives(mask, users, generator))
+    rows, negative = torch.stack(orders), torch.stack(missing)
+    items, width = trained.shape[2], setting.width
+    for part in torch.arange(rows.shape[2]).split(setting.batch):
+        keep = torch.stack([torch.rand(2, items, width, generator=g) for g in generators])
+        others = torch.stack([torch.randperm(len(part), generator=g) for g in generators])
+        batch = Batch(rows[:, 0, part], rows[:, 1, part], negative[:, part])
+        yield Drawn(batch, others, (keep >= DROPOUT).float() / (1 - DROPOUT))
+
+
+def negatives(
+    trained: Tensor, users: Int[Tensor, " interactions"], generator: Generator
+) -> Int[Tensor, " interactions"]:
+    """A uniform item for each interaction that its user has no training interaction with."""
+    items = trained.shape[1]
+    drawn = torch.randint(items, users.shape, generator=generator)
+    while (taken := trained[users, drawn]).any():
+        drawn[taken] = torch.randint(items, (int(taken.sum()),), generator=generator)
+    return drawn
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def make_model(worlds: Worlds, arm: Arm, setting: Setting) -> nn.Module:
+    """An untrained model of an arm for every world."""
+    generators = [Generator().manual_seed(20_000 + seed) for seed in worlds.seeds]
+    trained = worlds.world.parts["train"]
+    if arm.kind == "lightgcn":
+        return LightGCN(generators, trained, arm.layers, setting.width)
+    content = worlds.content
+    if arm.content == "permuted":
+        content = permuted(content, worlds.seeds)
+    if arm.kind == "vbpr":
+        return VBPR(generators, content, trained.shape[1], setting.width)
+    graphs = Graphs.of(trained, content, arm.layers)
+    return MambaRec(generators, content, graphs, replace(arm.design, width=setting.width))
+
+
+def permuted(content: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
+    """Features of all modalities dealt out anew over the items, together."""
+    items = next(iter(content.values())).shape[1]
+    orders = [torch.randperm(items, generator=Generator().manual_seed(30_000 + s)) for s in seeds]
+    rows = torch.stack(orders)[..., None]
+    return {name: table.gather(1, rows.expand(table.shape)) for name, table in content.items()}
+
+
+def clouds(worlds: Worlds, width: int) -> dict[str, Float[Tensor, "worlds items width"]]:
+    """For every modality a cloud of the shape that DREAM's output has, about a random centre of its own."""
+    items, found = worlds.world.catalogue.shape[1], []
+    for seed in worlds.seeds:
+        generator = Generator().manual_seed(40_000 + seed)
+        centres = torch.randn(len(MODALITIES), 1, width, generator=generator)
+        found.append(
+            F.relu(centres + torch.randn(len(MODALITIES), items, width, generator=generator))
+        )
+    return dict(zip(MODALITIES, torch.stack(found, 1), strict=True))
+
+
+def loss_of(views: Views, drawn: Drawn, arm: Arm, cloud: Mapping[str, Tensor]) -> Tensor:
+    """An arm's objective on one step, for every world."""
+    batch, weights = drawn.batch, arm.weights
+    loss = recommendation_loss(views, batch, weights.decay)
+    if arm.kind != "mambarec":
+        return loss
+    if weights.contrast:
+        pairs = [(rows, rows) for rows in (batch.users, batch.positives)]
+        if arm.pairs == "permuted":
+            pairs = [(rows, rows.gather(1, drawn.others)) for rows, _ in pairs]
+        loss = loss + weights.contrast * contrastive_loss(views, *pairs, weights.temperature)
+    if weights.align and arm.align_to == "other":
+        loss = loss + weights.align * alignment_loss(views, batch.positives, weights.bandwidth)
+    elif weights.align:
+        shares = occurrences(batch.positives, len(cloud["picture"][0])) / batch.positives.shape[1]
+        apart = [mmd(views.refined[m], cloud[m], shares, weights.bandwidth) for m in MODALITIES]
+        loss = loss + weights.align * sum(apart) / len(apart)
+    return loss
+
+
+MEASURES = (
+    "validation R@20",
+    "validation N@20",
+    "R@10",
+    "N@10",
+    "R@20",
+    "N@20",
+    *(f"MMD at {s}" for s in BANDWIDTHS),
+)
+
+
+@torch.no_grad()
+def check(model: nn.Module, worlds: Worlds) -> Float[Tensor, "worlds measures"]:
+    """All measures of the models as they are; MMD between the modalities of stamps that are no items."""
+    model.eval()
+    views = model()
+    found = scores_of(views.scores(), worlds.world)
+    apart = torch.full((len(worlds.seeds), len(BANDWIDTHS)), torch.nan, dtype=found.dtype)
+    if views.refined:
+        x, y = (model.refined(name, worlds.unseen[name]) for name in MODALITIES)
+        even = torch.full(x.shape[:2], 1 / x.shape[1])
+        apart = torch.stack([mmd(x, y, even, s) for s in BANDWIDTHS], 1).to(found.dtype)
+    model.train()
+    return torch.cat([found, apart], 1)
+
+
+def scores_of(scores: Tensor, world: World) -> Float[Tensor, "worlds scores"]:
+    """Validation and test measures of some scores, without MMD; validation items stay candidates at test."""
+    parts = world.parts
+    validation = list_scores(scores, parts["train"], parts["validation"], 20)
+    tested = [m for k in (10, 20) for m in list_scores(scores, parts["train"], parts["test"], k)]
+    return torch.stack([*validation, *tested], 1)
+
+
+def fit(
+    worlds: Worlds, arm: Arm, setting: Setting
+) -> tuple[nn.Module, Float[Tensor, "checks worlds measures"]]:
+    """Models of an arm trained on all worlds side by side, and what the checks found, the untrained first."""
+    model, cloud = make_model(worlds, arm, setting), clouds(worlds, setting.width)
+    optimiser = torch.optim.Adam(model.parameters(), lr=arm.rate, fused=True)
+    found = [check(model, worlds)]
+    for epoch in range(arm.longer * setting.epochs):
+        for group in optimiser.param_groups:
+            group["lr"] = arm.rate * 0.96 ** (epoch / 50)
+        for drawn in steps(worlds, setting, epoch):
+            optimiser.zero_grad()
+            # Summed: worlds do not share a parameter, so each sees the gradient of its own mean.
+            loss_of(model(drawn.keep), drawn, arm, cloud).sum().backward()
+            optimiser.step()
+        if (epoch + 1) % setting.every == 0:
+            found.append(check(model, worlds))
+    return model, torch.stack(found)
+
+
+# The build ----------------------------------------------------------------------------------------
+
+OFF = Design(refine="off")
+UNALIGNED = Weights(align=0.0)
+
+ARMS = {
+    "MambaRec": Arm(1e-2),
+    "MGCN": Arm(1e-2, design=OFF, weights=UNALIGNED),
+    "no DREAM": Arm(1e-2, design=OFF),
+    "plain layer": Arm(1e-2, design=Design(refine="plain")),
+    "no MMD": Arm(1e-2, weights=UNALIGNED),
+    "random clouds": Arm(1e-2, align_to="cloud"),
+    "no CL": Arm(1e-2, weights=Weights(contrast=0.0)),
+    "permuted pairs": Arm(1e-2, pairs="permuted"),
+    "factor 1": Arm(1e-2, design=Design(factor=1)),
+    "permuted features": Arm(1e-2, content="permuted"),
+    "LightGCN": Arm(5e-3, "lightgcn", longer=2),
+}
+"""Trained with every seed. "MGCN" is MambaRec without DREAM and MMD: equal depth, projections, dropout."""
+MORE_ARMS = {
+    "BPR-MF": Arm(2.5e-3, "lightgcn", layers=0, longer=2),
+    "VBPR": Arm(2.5e-3, "vbpr", longer=2),
+    "MGCN as released": Arm(
+        1e-2, design=replace(OFF, wide=(), norm=False), weights=UNALIGNED, layers=2
+    ),
+    "square": Arm(1e-2, design=Design(refine="square")),
+    "gates of the figure": Arm(1e-2, design=Design(refine="figure")),
+    "factor 192": Arm(1e-2, design=Design(factor=192)),
+}
+"""Trained with the first seeds only, for tables."""
+GRID = {
+    f"MMD {align:g}, s {bandwidth:g}": Arm(1e-2, weights=Weights(align=align, bandwidth=bandwidth))
+    for align in (0.1, 0.15, 0.2)
+    for bandwidth in (1.0, 1.5, 2.0)
+}
+"""The settings among which the released runner keeps the one that is best on test; the first is MambaRec's."""
+
+SETTINGS = {
+    "smoke": Setting(3, Taste(30, 40, 2, counts=(5, 2, 6)), 3, 1, 1, 2, 1, 75, 8, 3),
+    "cpu": Setting(None, Taste(), 6, 2, 1, 60, 5, 2_000, 64, 3),
+    "gpu": Setting(None, Taste(2_000, 700), 24, 8, 8, 60, 5, 8_000, 64, 24),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All that was trained in a profile.
+
+    Attributes:
+        content: features of all stamps.
+        levels: scores of the true utility ("oracle") and of "popularity", without MMD.
+        curves: what the checks of an arm found, by seed; the first check is of the untrained models.
+        refined: embeddings of the unseen stamps of the first seed at the end, by arm and modality.
+    """
+
+    content: dict[str, Float[Tensor, "stamps dim"]]
+    levels: dict[str, Float[Tensor, "seeds scores"]]
+    curves: dict[str, Float[Tensor, "checks seeds measures"]]
+    refined: dict[str, dict[str, Float[Tensor, "others width"]]]
+
+
+def build(target: Path, profile: str) -> None:
+    """Train all arms of a profile and write what they found into the empty directory `target`."""
+    setting = SETTINGS[profile]
+    content = stamp_content(setting.limit)
+    parts = torch.arange(setting.seeds).split(setting.together)
+    groups = [Worlds.of(content, setting.taste, part.tolist()) for part in parts]
+    levels = {
+        "oracle": [scores_of(worlds.world.utility, worlds.world) for worlds in groups],
+        "popularity": [
+            scores_of(popularity(worlds.world.parts["train"]), worlds.world) for worlds in groups
+        ],
+    }
+    curves, refined = {}, {}
+    counts = ((ARMS, setting.seeds), (MORE_ARMS, setting.few), (GRID, setting.grid))
+    for name, arm, count in ((n, arm, count) for arms, count in counts for n, arm in arms.items()):
+        found = []
+        for worlds in groups:
+            if (asked := worlds.first(count - sum(len(f[0]) for f in found))) is None:
+                break
+            model, curve = fit(asked, arm, setting)
+            if not found and arm.kind == "mambarec":
+                refined |= {f"{name}/{m}": r for m, r in embedded(model, asked).items()}
+            found.append(curve)
+        curves[name] = torch.cat(found, 1).contiguous()
+        print(f"{name}: {curves[name].shape[1]} seeds", flush=True)
+    levels = {name: torch.cat(found) for name, found in levels.items()}
+    save_file(content, target / "content.safetensors")
+    save_file(levels, target / "levels.safetensors")
+    save_file(curves, target / "curves.safetensors")
+    save_file(refined, target / "refined.safetensors")
+
+
+@torch.no_grad()
+def embedded(model: MambaRec, worlds: Worlds) -> dict[str, Float[Tensor, "others width"]]:
+    """Refined embeddings of the unseen stamps of the first world, by modality."""
+    model.eval()
+    return {m: model.refined(m, worlds.unseen[m])[0].contiguous() for m in MODALITIES}
+
+
+def load(profile: str = "cpu") -> Trained:
+    """All that was trained in a profile; builds it first when it is missing."""
+    directory = backbone_path("mambarec", profile)
+    files = ("content", "levels", "curves", "refined")
+    read = {name: load_file(directory / f"{name}.safetensors") for name in files}
+    refined: dict[str, dict[str, Tensor]] = {}
+    for key, table in read["refined"].items():
+        arm, _, modality = key.rpartition("/")
+        refined.setdefault(arm, {})[modality] = table
+    curves = {name: read["curves"][name] for name in ARMS | MORE_ARMS | GRID}
+    return Trained(read["content"], read["levels"], curves, refined)
+
+
+def chosen(curve: Float[Tensor, "checks seeds measures"]) -> int:
+    """The check at which an arm has its best validation Recall@20, mean over its seeds.
+
+    One check for all seeds: chosen seed by seed, two arms that agree to half a percent at every check differ by
+    five. The untrained models cannot be chosen; of equal checks the earliest is.
+    """
+    return int(curve[1:, :, MEASURES.index("validation R@20")].mean(1).argmax()) + 1

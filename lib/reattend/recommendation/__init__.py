@@ -1,0 +1,1 @@
+"""Recommendation: one module per paper, each the method alone."""
