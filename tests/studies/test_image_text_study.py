@@ -55,7 +55,7 @@ def test_absent_objects_are_absent():
 
 
 def test_patches_in_boxes_by_hand():
-    # Patches of 4 pixels have their centres at 2, 6, 10.
+    # Of the patches 3, 4 (row 1: 3 of 4 rows in the box) and 6, 7 (row 2: one) 9, 9, 3, 3 of 16 pixels lie inside.
     boxes = torch.tensor([[[1, 5, 7, 9], [0, 0, 0, 0]]])
     inside = patches_in_boxes(boxes, size=12, grid=3)
     assert inside[0, 0].nonzero().flatten().tolist() == [3, 4]

@@ -1,6 +1,6 @@
-"""Recoloured cut-outs on photographs, with captions that say which thing has which colour.
+"""Recoloured cut-outs on grey photographs, with captions that say which thing has which colour.
 
-Sixteen Tux Paint stamps, each shown in six colours, lie apart on crops of nature photographs. A caption
+Sixteen Tux Paint stamps, each shown in six colours, lie apart on grey crops of nature photographs. A caption
 names them in random order: "red apple and blue key". Things of one scene differ in noun and in colour, so
 that every word names one of them; which colour belongs to which noun only the pairing says. A fifth of the
 (colour, noun) pairs is held out. The photographs of the training, validation and test sides differ, the
@@ -56,6 +56,9 @@ COLOURS = tuple(PAINTS)
 VOCABULARY = ("<pad>", "<bos>", "<eos>", "and", *COLOURS, *NOUNS)
 PADDING, START, END, AND = range(4)
 FIRST_COLOUR, FIRST_NOUN = 4, 4 + len(COLOURS)
+# Grounds are grey and of half the contrast: on photographs in full colour, where red things lie on red
+# petals, towers of this size learn next to nothing in 300 steps (recall at 1 of 5 % in place of 55 %).
+_DARKEST, _CONTRAST = 30, 0.5
 _PHOTO_SPLITS = {"Dune": "validation", "LadyBird": "validation"}
 _PHOTO_SPLITS |= dict.fromkeys(("Garden", "RainDrops", "Wood"), "test")
 
@@ -192,7 +195,7 @@ def _composed(
     photos = _photos(split, size)
     photo = photos[random.integers(len(photos))]
     top, left = (random.integers(0, length - size + 1) for length in photo.shape[:2])
-    canvas = photo[top : top + size, left : left + size].astype(float)
+    canvas = _DARKEST + _CONTRAST * photo[top : top + size, left : left + size].astype(float)
     pieces = [_piece(noun, int(random.integers(side[0], side[1] + 1))) for _, noun in chosen]
     while (boxes := _places([shade.shape for shade, _ in pieces], size, random)) is None:
         pass
@@ -240,13 +243,13 @@ def _piece(noun: int, side: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _photos(split: str, size: int) -> tuple[UInt8[np.ndarray, "height width 3"], ...]:
-    """Photographs of one side, shrunk so that a crop of `size` pixels shows half of the height."""
+    """Grey photographs of one side, shrunk so that a crop of `size` pixels shows half of the height."""
     folder = asset_path("nature_photos") / PHOTOS
     paths = [p for p in sorted(folder.glob("*.jpg")) if _PHOTO_SPLITS.get(p.stem, "train") == split]
     photos = []
     for path in paths:
         with Image.open(path) as opened:
-            photo = opened.convert("RGB")
+            photo = opened.convert("L").convert("RGB")
         factor = 2 * size / min(photo.size)
         shape = tuple(max(size, round(length * factor)) for length in photo.size)
         photos.append(np.asarray(photo.resize(shape, Image.Resampling.LANCZOS)))

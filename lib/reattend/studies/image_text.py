@@ -119,11 +119,15 @@ def with_absent_objects(
 def patches_in_boxes(
     boxes: Int[Tensor, "pairs objects 4"], size: int, grid: int
 ) -> Bool[Tensor, "pairs objects patches"]:
-    """Which patches of a grid x grid picture have their centre in each box (x0, y0, x1, y1 in pixels)."""
-    centres = (torch.arange(grid) + 0.5) * size / grid
+    """Which patches of a grid x grid picture lie in each box (x0, y0, x1, y1 in pixels) to at least 3/8.
+
+    So every box of three pixels or more, of patches of four, holds one.
+    """
+    edges = torch.arange(grid + 1) * size / grid
     low, high = boxes[..., :2, None], boxes[..., 2:, None]
-    inside = (centres >= low) & (centres < high)  # [pairs, objects, x or y, grid]
-    return (inside[..., 1, :, None] & inside[..., 0, None, :]).flatten(-2)
+    shared = (torch.minimum(high, edges[1:]) - torch.maximum(low, edges[:-1])).clamp(min=0)
+    area = shared[..., 1, :, None] * shared[..., 0, None, :]  # [pairs, objects, rows, columns]
+    return (area >= 3 / 8 * (size / grid) ** 2).flatten(-2)
 
 
 def pointing(

@@ -56,7 +56,7 @@ def draw_products(
 ) -> Figure:
     """A picture, its patches x words matrix of cosines with both maxima marked, and one map a word."""
     grid = round(len(products) ** 0.5)
-    figure = plt.figure(figsize=(10, 4.6))
+    figure = plt.figure(figsize=(10, 3.8))
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.6))
     axes = left.subplots(1, 2, width_ratios=(1, 1))
     _picture(axes[0], pixels, "picture")
