@@ -60,6 +60,8 @@ def test_patches_in_boxes_by_hand():
     inside = patches_in_boxes(boxes, size=12, grid=3)
     assert inside[0, 0].nonzero().flatten().tolist() == [3, 4]
     assert not inside[0, 1].any()
+    thin = torch.tensor([[[3, 0, 4, 2]]])  # two pixels, all in patch 0
+    assert patches_in_boxes(thin, size=12, grid=3)[0, 0].nonzero().flatten().tolist() == [0]
 
 
 def case():

@@ -121,13 +121,15 @@ def patches_in_boxes(
 ) -> Bool[Tensor, "pairs objects patches"]:
     """Which patches of a grid x grid picture lie in each box (x0, y0, x1, y1 in pixels) to at least 3/8.
 
-    So every box of three pixels or more, of patches of four, holds one.
+    Where none does, those that share most with a box of at least one pixel.
     """
     edges = torch.arange(grid + 1) * size / grid
     low, high = boxes[..., :2, None], boxes[..., 2:, None]
     shared = (torch.minimum(high, edges[1:]) - torch.maximum(low, edges[:-1])).clamp(min=0)
     area = shared[..., 1, :, None] * shared[..., 0, None, :]  # [pairs, objects, rows, columns]
-    return (area >= 3 / 8 * (size / grid) ** 2).flatten(-2)
+    area = area.flatten(-2)
+    least = area.amax(-1, keepdim=True).clamp(max=3 / 8 * (size / grid) ** 2)
+    return (area >= least) & (area > 0)
 
 
 def pointing(

@@ -147,7 +147,7 @@ ARMS = {
 }
 RATES = dict.fromkeys(ARMS, 3e-3)
 SETTINGS = {
-    "smoke": Setting(Shape(24, 8, 16, 1, 2, 16), dict.fromkeys(ARMS, 3), RATES, 8, 2, 24, 1, 16),
+    "smoke": Setting(Shape(24, 4, 16, 1, 2, 16), dict.fromkeys(ARMS, 3), RATES, 8, 2, 24, 1, 16),
     "cpu": Setting(
         Shape(24, 4, 64, 2, 4, 64), dict.fromkeys(ARMS, 4), RATES, 48, 300, 4000, 4, 256
     ),
