@@ -111,3 +111,5 @@ def test_refusals():
         make_attribute_scenes(3, objects=(2, 7))
     with pytest.raises(ValueError, match="no new set of 1 objects"):
         make_attribute_scenes(100, objects=(1, 1))
+    with pytest.raises(ValueError, match="find no place on 12 pixels"):
+        make_attribute_scenes(3, objects=(4, 4), size=12)

@@ -141,7 +141,8 @@ def make_attribute_scenes(
         held_out: whether every scene shows at least one held-out pair of colour and noun, instead of none.
 
     Raises:
-        ValueError: for an unknown split, more objects than colours, or more scenes than sets of objects.
+        ValueError: for an unknown split, more objects than colours, objects that find no place, or more
+            scenes than there are sets of objects.
         AssetError: when stamps or photographs have not been fetched.
     """
     if split not in SPLITS:
@@ -191,14 +192,13 @@ def _composed(
     split: str,
     random: np.random.Generator,
 ) -> tuple[UInt8[np.ndarray, "size size 3"], list[tuple[int, int, int, int]]]:
-    """Pixels and boxes of one scene; where a free place is missing all are placed anew."""
+    """Pixels and boxes of one scene."""
     photos = _photos(split, size)
     photo = photos[random.integers(len(photos))]
     top, left = (random.integers(0, length - size + 1) for length in photo.shape[:2])
     canvas = _DARKEST + _CONTRAST * photo[top : top + size, left : left + size].astype(float)
     pieces = [_piece(noun, int(random.integers(side[0], side[1] + 1))) for _, noun in chosen]
-    while (boxes := _places([shade.shape for shade, _ in pieces], size, random)) is None:
-        pass
+    boxes = _placed([shade.shape for shade, _ in pieces], size, random)
     for (colour, _), (shade, alpha), (x0, y0, x1, y1) in zip(chosen, pieces, boxes, strict=True):
         painted = shade[..., None] * np.array(PAINTS[COLOURS[colour]])
         under = canvas[y0:y1, x0:x1]
@@ -206,23 +206,34 @@ def _composed(
     return canvas.round().astype(np.uint8), boxes
 
 
-def _places(
+def _placed(
     shapes: list[tuple[int, int]], size: int, random: np.random.Generator
-) -> list[tuple[int, int, int, int]] | None:
-    """Boxes of these heights and widths that do not overlap, or None where one found no place."""
-    boxes: list[tuple[int, int, int, int]] = []
-    for height, width in shapes:
-        for _ in range(40):
-            x, y = (int(random.integers(0, size - length + 1)) for length in (width, height))
-            box = (x, y, x + width, y + height)
-            if all(
-                box[0] >= b[2] or b[0] >= box[2] or box[1] >= b[3] or b[1] >= box[3] for b in boxes
-            ):
-                boxes.append(box)
+) -> list[tuple[int, int, int, int]]:
+    """Boxes of these heights and widths that do not overlap; all are placed anew where one finds no place."""
+    for _ in range(1000):
+        boxes: list[tuple[int, int, int, int]] = []
+        for height, width in shapes:
+            box = _free_box(height, width, size, boxes, random)
+            if box is None:
                 break
+            boxes.append(box)
         else:
-            return None
-    return boxes
+            return boxes
+    raise ValueError(
+        f"{len(shapes)} objects find no place on {size} pixels: ask for fewer or smaller ones"
+    )
+
+
+def _free_box(
+    height: int, width: int, size: int, taken: list[tuple], random: np.random.Generator
+) -> tuple[int, int, int, int] | None:
+    """A box apart from those that are taken, or None after 40 tries."""
+    for _ in range(40):
+        x, y = (int(random.integers(0, size - length + 1)) for length in (width, height))
+        x1, y1 = x + width, y + height
+        if all(x >= b[2] or b[0] >= x1 or y >= b[3] or b[1] >= y1 for b in taken):
+            return x, y, x1, y1
+    return None
 
 
 @cache

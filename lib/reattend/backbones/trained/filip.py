@@ -152,7 +152,7 @@ SETTINGS = {
         Shape(24, 4, 64, 2, 4, 64), dict.fromkeys(ARMS, 4), RATES, 48, 300, 4000, 4, 256
     ),
     "gpu": Setting(
-        Shape(96, 8, 256, 6, 8, 256, (3, 6), (20, 36)),
+        Shape(96, 8, 256, 6, 8, 256, (4, 6), (16, 24)),
         dict.fromkeys(ARMS, 8),
         dict.fromkeys(ARMS, 1e-3),
         512,
