@@ -60,10 +60,9 @@ def late_similarity(
     by_patches, by_words = [], []
     for part in patches.split(chunk):
         products = _masked_products(part, words, mask)
-        best_words, best_patches = products.max(3).values, products.max(1).values
-        total = best_patches.masked_fill(~mask, 0).sum(2) / counts
-        by_words.append(total)
-        by_patches.append(best_words.mean(1) if reduce == "mean" else best_words.sum(1))
+        of_patches, of_words = products.max(3).values, products.max(1).values
+        by_patches.append(of_patches.mean(1) if reduce == "mean" else of_patches.sum(1))
+        by_words.append(of_words.masked_fill(~mask, 0).sum(2) / counts)
     return torch.cat(by_patches), torch.cat(by_words)
 
 
