@@ -246,6 +246,6 @@ def test_refusals():
     patches, words, mask = sample()
     with pytest.raises(ValueError, match="no word that takes part"):
         late_similarity(patches, words, mask & (torch.arange(5) > 0)[:, None])
-    for share in (0, 1.5):
+    for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="share must lie in"):
             telling_tokens(patches, words, share)

@@ -57,7 +57,10 @@ class BlockHooks:
     def bias(
         self, layer: int, x: Float[Tensor, "batch length width"]
     ) -> Float[Tensor, "*of_scores"] | None:
-        """Added to the attention scores before the softmax, broadcast to [batch, heads, length, length]."""
+        """Added to the attention scores before the softmax, broadcast to [batch, heads, length, length].
+
+        Of two dimensions at least: the logarithms of sizes are [1, length], or [batch, 1, 1, length].
+        """
         return None
 
     def between(
