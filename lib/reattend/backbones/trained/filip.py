@@ -145,7 +145,7 @@ ARMS = {
     "unmasked": Arm(unmasked, unmasked),
     "quarter": Arm(quarter, late),
 }
-RATES = dict.fromkeys(ARMS, 3e-3)
+RATES = dict.fromkeys(ARMS, 1.5e-3)
 SETTINGS = {
     "smoke": Setting(Shape(24, 4, 16, 1, 2, 16), dict.fromkeys(ARMS, 3), RATES, 8, 2, 24, 1, 16),
     "cpu": Setting(
