@@ -145,12 +145,11 @@ ARMS = {
     "unmasked": Arm(unmasked, unmasked),
     "quarter": Arm(quarter, late),
 }
-RATES = dict.fromkeys(ARMS, 1.5e-3)
+RATES = dict.fromkeys(ARMS, 3e-3) | {"mean-mean": 1.5e-3}
+SEEDS = {"global": 4, "late": 4, "mean-mean": 3, "unmasked": 3, "quarter": 3}
 SETTINGS = {
     "smoke": Setting(Shape(24, 4, 16, 1, 2, 16), dict.fromkeys(ARMS, 3), RATES, 8, 2, 24, 1, 16),
-    "cpu": Setting(
-        Shape(24, 4, 64, 2, 4, 64), dict.fromkeys(ARMS, 4), RATES, 48, 300, 4000, 4, 256
-    ),
+    "cpu": Setting(Shape(24, 4, 64, 2, 4, 64), SEEDS, RATES, 48, 600, 4000, 4, 256),
     "gpu": Setting(
         Shape(96, 8, 256, 6, 8, 256, (4, 6), (16, 24)),
         dict.fromkeys(ARMS, 8),
