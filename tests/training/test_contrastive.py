@@ -11,6 +11,8 @@ from reattend.training.contrastive import (
     answer_log_probability,
     cosine_logits,
     counted_candidates,
+    shared_targets,
+    symmetric_info_nce,
 )
 
 SHAPES = [(1, 1, 3), (5, 2, 7), (9, 7, 13)]  # batch, mined, width
@@ -79,6 +81,36 @@ def test_more_negatives_never_lower_the_loss():
     ]
     for fewer, more in itertools.pairwise(values):
         assert (more >= fewer).all()
+
+
+@pytest.mark.parametrize("n", [1, 4, 7])
+def test_symmetric_info_nce_of_one_matrix_is_clips(n):
+    logits, own = normal(n, n), torch.arange(n)
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    for targets in (None, torch.eye(n), shared_targets(own)):
+        loss = symmetric_info_nce(logits, logits, targets)
+        torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
+
+
+def test_symmetric_info_nce_reads_rows_of_one_and_columns_of_the_other():
+    rows, columns = normal(5, 5), normal(5, 5, seed=1)
+    expected = (
+        F.cross_entropy(rows, torch.arange(5)) + F.cross_entropy(columns.T, torch.arange(5))
+    ) / 2
+    for targets in (None, torch.eye(5)):
+        loss = symmetric_info_nce(rows, columns, targets)
+        torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
+
+
+def test_shared_targets_by_hand():
+    targets = shared_targets(torch.tensor([7, 3, 7, 7]))
+    third = [1 / 3, 0, 1 / 3, 1 / 3]
+    expected = torch.tensor([third, [0, 1, 0, 0], third, third]).double()
+    torch.testing.assert_close(targets, expected, atol=1e-7, rtol=0)
+    # Equal rows and columns for equal items: the loss is at best the entropy of the targets.
+    logits = 50 * (targets > 0).double()
+    best = symmetric_info_nce(logits, logits, targets)
+    torch.testing.assert_close(best, 0.75 * torch.tensor(3.0).double().log(), atol=1e-12, rtol=0)
 
 
 def test_refusals():

@@ -61,3 +61,36 @@ def answer_log_probability(logits: Float[Tensor, "batch candidates"]) -> Float[T
     InfoNCE is the mean of its negative.
     """
     return logits.diagonal() - logits.logsumexp(1)
+
+
+def shared_targets(identities: Int[Tensor, " batch"]) -> Float[Tensor, "batch batch"]:
+    """Where to find each item's positives in its batch: items of one identity share the target evenly.
+
+    A caption that comes twice in a batch fits both pictures; counted as negatives they would be false ones.
+    """
+    same = (identities[:, None] == identities).double()
+    return same / same.sum(1, keepdim=True)
+
+
+def symmetric_info_nce(
+    image_to_text: Float[Tensor, "batch batch"],
+    text_to_image: Float[Tensor, "batch batch"],
+    targets: Float[Tensor, "batch batch"] | None = None,
+) -> Float[Tensor, ""]:
+    """Half the cross-entropy of rows of one matrix and half that of columns of the other, in nats (CLIP).
+
+    Both matrices hold logits of picture i and text j at [i, j]; CLIP's are one and the same. Each picture
+    is sought among texts in its row of `image_to_text`, each text among pictures in its column of
+    `text_to_image`.
+
+    Args:
+        targets: distribution over texts in each row, symmetric (`shared_targets`); the diagonal where not given.
+    """
+    if targets is None:
+        rows = answer_log_probability(image_to_text)
+        columns = answer_log_probability(text_to_image.T)
+        return -(rows + columns).mean() / 2
+    targets = targets.to(image_to_text)
+    rows = (targets * image_to_text.log_softmax(1)).sum(1)
+    columns = (targets * text_to_image.T.log_softmax(1)).sum(1)
+    return -(rows + columns).mean() / 2

@@ -1,0 +1,265 @@
+"""Small image-text models of FILIP and of what it is compared with, on scenes of recoloured cut-outs.
+
+All arms have the same towers and maps. Arms of one seed start from the same weights and see the same pairs
+in the same order; another seed has other weights, other training scenes and another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor
+
+from reattend.backbones.store import backbone_path
+from reattend.data.attribute_scenes import (
+    VOCABULARY,
+    AttributeScenes,
+    caption_ids,
+    make_attribute_scenes,
+)
+from reattend.training.contrastive import symmetric_info_nce
+from reattend.training.loop import TrainingPlan, decay_matrices, train
+from reattend.trunks.encoders import index_batches, masked_mean
+from reattend.trunks.image_text import ImageTextModel, ImageTower, TextTower, last_words
+from reattend.vision_language.filip import gathered, late_similarity, telling_tokens
+
+LOSSES = "losses.safetensors"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that the models of all arms share; `objects` are the fewest and most of a scene."""
+
+    size: int
+    patch: int
+    width: int
+    layers: int
+    heads: int
+    joint: int
+    objects: tuple[int, int] = (2, 4)
+    side: tuple[int, int] = (8, 9)
+
+    def scenes(self, count: int, split: str, seed: int, held_out: bool = False) -> AttributeScenes:
+        """Scenes as these models see them."""
+        return make_attribute_scenes(
+            count,
+            objects=self.objects,
+            size=self.size,
+            side=self.side,
+            split=split,
+            held_out=held_out,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one profile trains: `arms` are names in `ARMS` with their numbers of seeds.
+
+    Attributes:
+        rates: learning rate of each arm.
+        scenes: training scenes of each seed.
+        galleries, gallery: how many test galleries of how many pairs.
+    """
+
+    shape: Shape
+    arms: Mapping[str, int]
+    rates: Mapping[str, float]
+    batch: int
+    steps: int
+    scenes: int
+    galleries: int
+    gallery: int
+
+    def plan(self, arm: str) -> TrainingPlan:
+        """Warm-up over a sixth of the steps, then a cosine to zero."""
+        rate, warmup = self.rates[arm], self.steps // 6
+        return TrainingPlan(self.steps, rate, weight_decay=0.03, warmup=warmup, fused=True)
+
+
+# --- arms ----------------------------------------------------------------------------------------
+
+Similarities = tuple[Float[Tensor, "images texts"], Float[Tensor, "images texts"]]
+Compare = Callable[
+    [
+        Float[Tensor, "images length joint"],
+        Float[Tensor, "texts words joint"],
+        Bool[Tensor, "texts words"],
+    ],
+    Similarities,
+]
+"""From [CLS] and patches, words, and which words are real, to the similarity that ranks texts for a picture
+and the one that ranks pictures for a text."""
+
+
+def global_similarity(image: Tensor, text: Tensor, mask: Tensor) -> Similarities:
+    """CLIP's: the cosine of [CLS] and [EOS]."""
+    cosines = image[:, 0] @ last_words(text, mask).T
+    return cosines, cosines
+
+
+def late(image: Tensor, text: Tensor, mask: Tensor) -> Similarities:
+    """The method."""
+    return late_similarity(image[:, 1:], text, mask)
+
+
+def mean_mean(image: Tensor, text: Tensor, mask: Tensor) -> Similarities:
+    """The placebo: the mean over all pairs of patch and word, without any maximum; same tokens, same maps."""
+    means = image[:, 1:].mean(1) @ masked_mean(text, mask).T
+    return means, means
+
+
+def unmasked(image: Tensor, text: Tensor, mask: Tensor) -> Similarities:
+    """The method with padding taken for words."""
+    return late_similarity(image[:, 1:], text, torch.ones_like(mask))
+
+
+def quarter(image: Tensor, text: Tensor, mask: Tensor) -> Similarities:
+    """The method on the quarter of each picture's patches that four workers would send on, and all words.
+
+    All words, because the port takes a quarter of 77 padded places, which are more than its captions have.
+    """
+    local = max(1, len(image) // 4)
+    patches = image[:, 1:]
+    kept = telling_tokens(patches, text, 0.25, other_mask=mask, local=local)
+    return late_similarity(gathered(patches, kept), text, mask)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How an arm compares in training, and at test, where it differs (all tokens take part)."""
+
+    train: Compare
+    test: Compare
+
+
+ARMS = {
+    "global": Arm(global_similarity, global_similarity),
+    "late": Arm(late, late),
+    "mean-mean": Arm(mean_mean, mean_mean),
+    "unmasked": Arm(unmasked, unmasked),
+    "quarter": Arm(quarter, late),
+}
+RATES = dict.fromkeys(ARMS, 3e-3) | {"mean-mean": 1.5e-3}
+SEEDS = {"global": 4, "late": 4, "mean-mean": 3, "unmasked": 3, "quarter": 3}
+SETTINGS = {
+    "smoke": Setting(Shape(24, 4, 16, 1, 2, 16), dict.fromkeys(ARMS, 3), RATES, 8, 2, 24, 1, 16),
+    "cpu": Setting(Shape(24, 4, 64, 2, 4, 64), SEEDS, RATES, 48, 600, 4000, 4, 256),
+    "gpu": Setting(
+        Shape(96, 8, 256, 6, 8, 256, (4, 6), (16, 24)),
+        dict.fromkeys(ARMS, 8),
+        dict.fromkeys(ARMS, 1e-3),
+        512,
+        4000,
+        20_000,
+        4,
+        1000,
+    ),
+}
+
+
+def untrained(shape: Shape, seed: int) -> ImageTextModel:
+    """A model with random weights: the same for all arms of a seed."""
+    torch.manual_seed(seed)
+    image = ImageTower(shape.size, shape.patch, shape.width, shape.layers, shape.heads)
+    length = 3 * shape.objects[1] + 1
+    text = TextTower(len(VOCABULARY), length, shape.width, shape.layers, shape.heads)
+    return ImageTextModel(image, text, shape.joint)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures with their captions as the models read them."""
+
+    pixels: UInt8[Tensor, "pairs 3 size size"]
+    ids: Int[Tensor, "pairs length"]
+    mask: Bool[Tensor, "pairs length"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Tensor | slice) -> Pairs:
+        return Pairs(self.pixels[index], self.ids[index], self.mask[index])
+
+    def to(self, device: torch.device | str) -> Pairs:
+        """The same on a device."""
+        return Pairs(self.pixels.to(device), self.ids.to(device), self.mask.to(device))
+
+
+def paired(scenes: AttributeScenes) -> Pairs:
+    """Scenes and their captions."""
+    return Pairs(scenes.pixels, *caption_ids(scenes.colours, scenes.nouns))
+
+
+def contrastive_loss(model: ImageTextModel, pairs: Pairs, compare: Compare) -> Float[Tensor, ""]:
+    """Symmetric InfoNCE of a batch in nats; no two captions of a batch say the same (see the scenes)."""
+    image, text = model.image_tokens(pairs.pixels), model.text_tokens(pairs.ids)
+    by_patches, by_words = compare(image, text, pairs.mask)
+    return symmetric_info_nce(model.scale * by_patches, model.scale * by_words)
+
+
+def fit(
+    arm: str, setting: Setting, pairs: Pairs, seed: int
+) -> tuple[ImageTextModel, Float[Tensor, " steps"]]:
+    """A trained model of one arm, and the loss of every step.
+
+    Raises:
+        KeyError: for an unknown arm.
+    """
+    model = untrained(setting.shape, seed).to(pairs.ids.device)
+    compare = ARMS[arm].train
+    log = train(
+        model,
+        index_batches(len(pairs), setting.batch, 1000 + seed),
+        lambda model, index: contrastive_loss(model, pairs[index], compare),
+        setting.plan(arm),
+        groups=decay_matrices,
+    )
+    return model, torch.tensor(log.losses)
+
+
+# --- the build -----------------------------------------------------------------------------------
+
+
+def build(target: Path, profile: str) -> None:
+    """Train all arms of a profile; write weights and losses."""
+    setting = SETTINGS[profile]
+    device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
+    losses: dict[str, list[Tensor]] = {arm: [] for arm in setting.arms}
+    for seed in range(max(setting.arms.values())):
+        pairs = paired(setting.shape.scenes(setting.scenes, "train", seed)).to(device)
+        for arm, seeds in setting.arms.items():
+            if seed < seeds:
+                model, loss = fit(arm, setting, pairs, seed)
+                save_model(model, target / f"{arm}-{seed}.safetensors")
+                losses[arm].append(loss)
+    for arm, rows in losses.items():
+        last = ", ".join(f"{row[-20:].mean():.3f}" for row in rows)
+        print(f"{arm}: {last} nats over the last 20 steps", flush=True)
+    save_file({arm: torch.stack(rows) for arm, rows in losses.items()}, target / LOSSES)
+
+
+@dataclass(frozen=True)
+class TrainedArms:
+    """Trained models by arm, a list over seeds each, and the training loss of every step."""
+
+    models: dict[str, list[ImageTextModel]]
+    losses: dict[str, Float[Tensor, "seeds steps"]]
+
+
+def load(profile: str = "cpu", device: torch.device | str = "cpu") -> TrainedArms:
+    """The models of a profile in evaluation mode, built on first use."""
+    setting, directory = SETTINGS[profile], backbone_path("filip", profile)
+
+    def read(arm: str, seed: int) -> ImageTextModel:
+        model = untrained(setting.shape, seed)
+        load_model(model, directory / f"{arm}-{seed}.safetensors")
+        return model.to(device).eval()
+
+    models = {arm: [read(arm, seed) for seed in range(n)] for arm, n in setting.arms.items()}
+    return TrainedArms(models, load_file(directory / LOSSES))

@@ -1,0 +1,1 @@
+"""Attention in vision transformers: probes, windows, pooling; one module per paper."""
