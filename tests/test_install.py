@@ -25,6 +25,7 @@ CORE_ROOMS = (
     "recommendation",
     "theory",
     "vision",
+    "vision_language",
 )
 
 ATTACH = """
