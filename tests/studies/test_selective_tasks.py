@@ -139,6 +139,18 @@ def test_the_slope_of_a_power_of_the_degree_is_its_exponent():
     degrees = torch.tensor([1, 2, 4, 8])
     tau = torch.stack([3 * degrees**-0.7, degrees**0.2])[..., None]
     np.testing.assert_allclose(degree_slope(tau, degrees), [-0.7, 0.2], atol=1e-6)
+    floored = torch.tensor([1e-3, 0.0, 1e-9, 5e-4])[None, :, None]
+    np.testing.assert_allclose(degree_slope(floored, degrees), [0.0], atol=1e-6)
+
+
+def test_a_network_in_the_query_has_as_many_parameters_as_one_for_a_temperature():
+    drawn = graphs(nodes=32, width=12)
+    sizes = [
+        sum(w[0].numel() for w in graph_weights(arm, drawn, hidden=32).values())
+        for arm in ("SSA", "network query")
+    ]
+    assert sizes[0] == 12**2 + 32 * 14
+    assert abs(sizes[1] - sizes[0]) <= 12
 
 
 # --- denoising -----------------------------------------------------------------------------------

@@ -126,9 +126,10 @@ def graph_weights(arm: str, graphs: Graphs, hidden: int) -> Weights:
         weights["level"] = torch.zeros(len(seeds), 1, 1)
     elif arm == "shared":
         weights["direction"] = torch.zeros(len(seeds), width, 1)
-    elif arm == "network query":
-        weights |= _network(seeds, width, hidden)
-        weights["direction"] = torch.zeros(len(seeds), hidden, width)
+    elif arm == "network query":  # as many numbers as the network of a temperature has
+        narrower = round(hidden * (width + 2) / (2 * width + 1))
+        weights |= _network(seeds, width, narrower)
+        weights["direction"] = torch.zeros(len(seeds), narrower, width)
     elif arm in ("SSA", "permuted"):
         weights |= _network(seeds, width, hidden)
     elif arm != "vanilla":
@@ -162,9 +163,7 @@ def graph_queries(arm: str, weights: Weights, graphs: Graphs) -> Float[Tensor, "
     e = graphs.embeddings
     if arm == "second W":
         return e @ (weights["W"] + weights["second"])
-    if (
-        arm == "network query"
-    ):  # as many new numbers as a temperature's network and more, all in the query
+    if arm == "network query":
         features = F.gelu(e @ weights["widen"] + weights["bias"])
         return e @ weights["W"] + features @ weights["direction"]
     return e @ weights["W"]
@@ -262,12 +261,15 @@ def at_first(
 
 
 def degree_slope(
-    tau: Float[Tensor, "seeds nodes 1"], degrees: Int[Tensor, " nodes"]
+    tau: Float[Tensor, "seeds nodes 1"], degrees: Int[Tensor, " nodes"], least: float = 1e-3
 ) -> Float[np.ndarray, " seeds"]:
-    """Least-squares slope of log tau on log degree, per seed."""
+    """Least-squares slope of log tau on log degree, per seed.
+
+    Temperatures below `least` count as that: the rows are even, and how even does not matter.
+    """
     x = degrees.double().log()
     x = x - x.mean()
-    return (tau[..., 0].double().log() @ x / (x @ x)).numpy()
+    return (tau[..., 0].double().clamp_min(least).log() @ x / (x @ x)).numpy()
 
 
 # --- denoising -----------------------------------------------------------------------------------
