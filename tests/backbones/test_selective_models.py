@@ -10,9 +10,9 @@ from reattend.backbones.trained.selective_attention import (
     ARMS,
     MAIN,
     SETTINGS,
-    VARIANTS,
     ConstantTemperature,
     ElsewhereTemperature,
+    Setting,
     Shape,
     parameter_groups,
     untrained,
@@ -20,7 +20,13 @@ from reattend.backbones.trained.selective_attention import (
 from reattend.language_modeling.selective_attention import SelectiveAttention, Temperature
 from reattend.trunks.language import innermost, parameter_count, same_size
 
-SMALL = Shape(12, 24, 16, 2, 2)
+SMALL = Shape(12, 23, 16, 2, 2, shift=True)
+ROWS = Setting("rows", SMALL, 4, 3, 6e-3, 2, ("q",), 1, 8)
+TEXT = replace(ROWS, corpus="text", shape=replace(SMALL, shift=False))
+
+
+def stream(seed):
+    return torch.randint(12, (500,), generator=torch.Generator().manual_seed(seed))
 
 
 def temperatures(arm):
@@ -28,7 +34,7 @@ def temperatures(arm):
 
 
 def test_arms_differ_by_less_than_a_per_cent():
-    shape = SETTINGS["cpu"].shape
+    shape = SETTINGS["cpu"][0].shape
     models = {arm: untrained(arm, shape, 0) for arm in ARMS if arm != "No mixing"}
     same_size(models, tolerance=0.01)
     added = parameter_count(models["SSA"]) - parameter_count(models["Softmax"])
@@ -120,13 +126,25 @@ def test_unknown_arms_are_refused():
 
 
 def test_tokens_differ_in_the_number_of_their_successors():
-    counts = (SETTINGS["cpu"].shape.language.transitions > 0).sum(-1)
+    counts = (SETTINGS["cpu"][1].language.transitions > 0).sum(-1)
     assert sorted(set(counts.tolist())) == [1, 2, 6]
 
 
+def test_arms_read_the_same_rows_and_are_tested_on_others(monkeypatch):
+    monkeypatch.setattr(build, "streams", lambda entries: (stream(0), stream(1)))
+    for setting in (ROWS, TEXT):
+        first, again, other = (next(build.batches(setting, seed)) for seed in (0, 0, 1))
+        assert first.shape == (4, 24)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        assert build.test_rows(setting).shape == (8, 24)
+    # Text is tested on what is held out.
+    assert torch.equal(build.test_rows(TEXT)[0], stream(1)[:24])
+
+
 def test_training_and_reading_back(tmp_path, monkeypatch):
-    small = replace(SETTINGS["smoke"], shape=SMALL, seeds=2)
-    monkeypatch.setitem(SETTINGS, "smoke", small)
+    monkeypatch.setitem(SETTINGS, "smoke", (TEXT, ROWS))
+    monkeypatch.setattr(build, "streams", lambda entries: (stream(0), stream(1)))
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         build.build(tmp_path / name, "smoke")
@@ -134,12 +152,15 @@ def test_training_and_reading_back(tmp_path, monkeypatch):
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
     monkeypatch.setattr(build, "backbone_path", lambda name, profile: tmp_path / "first")
     found = build.load("smoke")
-    assert list(found.models) == list(found.losses) == list(MAIN + VARIANTS)
-    assert found.losses["SSA"].shape == (2, small.steps)
-    assert found.losses["q"].shape == (1, small.steps)
-    assert found.rows.shape == (8, 24)
-    trained = found.models["SSA"][1]
-    assert not trained.training
-    start = untrained("SSA", SMALL, 1)
-    for (name, now), before in zip(trained.named_parameters(), start.parameters(), strict=True):
-        assert not torch.equal(now, before), name
+    assert list(found) == ["text", "rows"]
+    for trained in found.values():
+        assert list(trained.models) == list(trained.losses) == [*MAIN, "q"]
+        assert trained.losses["SSA"].shape == (2, 3)
+        assert trained.losses["q"].shape == (1, 3)
+        assert trained.rows.shape == (8, 24)
+        model = trained.models["SSA"][1]
+        assert not model.training
+        start = untrained("SSA", trained.setting.shape, 1)
+        pairs = zip(model.named_parameters(), start.parameters(), strict=True)
+        for (name, now), before in pairs:
+            assert not torch.equal(now, before), name

@@ -12,7 +12,7 @@ from reattend.studies.selective_attention import (
     spikiness_by_place,
 )
 
-SMALL = Shape(12, 24, 16, 2, 2)
+SMALL = Shape(12, 24, 16, 2, 2, shift=True)
 
 
 def test_smoothing_averages_the_last_steps():

@@ -1,15 +1,17 @@
-"""Small language models with selective attention, without it and with its placebos, on the row language.
+"""Small language models with selective attention, without it and with its placebos, on text and on rows.
 
-Tokens have one, two or six successors, by their identity, so that how sharp a prediction must be depends on
-the token that makes it. Every row has a table of its own: what follows a token is to be found in the row.
+Text is news and essays, byte by byte. The row language is recall alone: what follows a token is to be found in
+its row; tokens have one, two or six successors, by their identity, so how sure a prediction can be depends on
+the token that makes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +19,9 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from reattend.backbones.store import backbone_path
+from reattend.backbones.trained.transnormer import spread_rows, streams
 from reattend.data.row_language import RowLanguage
+from reattend.data.word_tokens import random_windows
 from reattend.language_modeling.selective_attention import (
     SelectiveAttention,
     Temperature,
@@ -32,34 +36,48 @@ from reattend.trunks.mixers import SoftmaxAttention, TokenShift
 LOSSES = "losses.safetensors"
 CHANCES = ((1.0,), (0.5, 0.5), (1 / 6,) * 6)
 TEST_SEED = 10**9
+Corpus = Literal["text", "rows"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that the models of all arms share; rows have `length` tokens."""
+    """Sizes that the models of all arms share.
+
+    Args:
+        length: tokens that a model reads.
+        shift: whether half of the channels that a mixer reads are those of the token before.
+    """
 
     vocabulary: int
     length: int
     width: int
     layers: int
     heads: int
-
-    @property
-    def language(self) -> RowLanguage:
-        return RowLanguage(self.vocabulary, self.length, CHANCES)
+    shift: bool = False
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What one profile trains: `seeds` models of each arm, the first `variant_seeds` of each variant."""
+    """What one profile trains on one corpus: `seeds` models of each of `MAIN`, `variant_seeds` of each variant."""
 
+    corpus: Corpus
     shape: Shape
     batch: int
     steps: int
     rate: float
     seeds: int
+    variants: tuple[str, ...]
     variant_seeds: int
     test_rows: int
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return MAIN + self.variants
+
+    @property
+    def language(self) -> RowLanguage:
+        """Rows one longer than what a model reads: the last token is only predicted."""
+        return RowLanguage(self.shape.vocabulary, self.shape.length + 1, CHANCES)
 
     def plan(self) -> TrainingPlan:
         """Warm-up over a fifteenth of the steps, then a cosine to zero."""
@@ -71,11 +89,27 @@ class Setting:
 
 
 MAIN = ("Softmax", "SSA", "Elsewhere", "Constant")
-VARIANTS = ("q", "v", "q, k and v", "token", "position", "official", "No mixing")
-SETTINGS = {
-    "smoke": Setting(Shape(12, 24, 16, 2, 2), 4, 3, 6e-3, 3, 1, 8),
-    "cpu": Setting(Shape(32, 128, 64, 2, 4), 16, 300, 6e-3, 5, 2, 256),
-    "gpu": Setting(Shape(64, 512, 256, 4, 8), 32, 3000, 2e-3, 8, 4, 512),
+PARTS = ("q", "v", "q, k and v", "token", "position", "official")
+_SMALL = Shape(300, 16, 16, 2, 2)
+SETTINGS: dict[str, tuple[Setting, ...]] = {
+    "smoke": (
+        Setting("text", _SMALL, 2, 3, 6e-3, 3, ("official",), 1, 4),
+        Setting(
+            "rows", replace(_SMALL, vocabulary=12, shift=True), 4, 3, 6e-3, 3, ("No mixing",), 1, 8
+        ),
+    ),
+    "cpu": (
+        Setting("text", Shape(258, 128, 64, 3, 4), 8, 360, 6e-3, 4, PARTS, 1, 512),  # 258: bytes
+        Setting(
+            "rows", Shape(32, 127, 64, 2, 4, shift=True), 16, 300, 1.2e-2, 4, ("No mixing",), 1, 256
+        ),
+    ),
+    "gpu": (
+        Setting("text", Shape(2048, 1024, 512, 8, 8), 16, 2000, 1e-3, 8, PARTS, 4, 64),
+        Setting(
+            "rows", Shape(64, 511, 256, 4, 8, shift=True), 32, 3000, 2e-3, 8, ("No mixing",), 2, 512
+        ),
+    ),
 }
 
 
@@ -156,19 +190,22 @@ ARMS: dict[str, Callable[[Shape], nn.Module]] = {
 def untrained(arm: str, shape: Shape, seed: int) -> Trunk:
     """A model with random weights; models of one seed start with the same embeddings.
 
-    In each layer half of the channels that the mixer reads are those of the token before.
-
     Raises:
         ValueError: for an unknown arm; lists the known ones.
     """
     if arm not in ARMS:
         raise ValueError(f"unknown arm '{arm}'; there are: {', '.join(ARMS)}")
+
+    def layer(width: int) -> nn.Module:
+        mixer = ARMS[arm](shape)
+        return TokenShift(mixer, width, learned=False) if shape.shift else mixer
+
     torch.manual_seed(seed)
     return Trunk(
         shape.vocabulary,
         shape.width,
-        [lambda width: TokenShift(ARMS[arm](shape), width, learned=False)] * shape.layers,
-        feed_forward=partial(FeedForward, ratio=2),
+        [layer] * shape.layers,
+        feed_forward=partial(FeedForward, ratio=3),
         embedding_std=shape.width**-0.5,
     )
 
@@ -196,57 +233,82 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 # --- the build -----------------------------------------------------------------------------------
 
 
+def batches(setting: Setting, seed: int) -> Iterator[Int[Tensor, "batch length"]]:
+    """What models of one seed are trained on, in the same order for all arms."""
+    if setting.corpus == "rows":
+        return fresh_rows(setting.language, setting.batch, seed)
+    stream, _ = streams(setting.shape.vocabulary)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return random_windows(stream, setting.batch, setting.shape.length + 1, generator)
+
+
+def test_rows(setting: Setting) -> Int[Tensor, "rows length"]:
+    """Held-out text, spread evenly over it, or rows that no training has."""
+    if setting.corpus == "rows":
+        return setting.language.draw(setting.test_rows, TEST_SEED)
+    _, held_out = streams(setting.shape.vocabulary)
+    return spread_rows(held_out, setting.test_rows, setting.shape.length + 1)
+
+
 def fit(
     arm: str, setting: Setting, seed: int, device: str = "cpu"
 ) -> tuple[Trunk, Float[Tensor, " steps"]]:
-    """A trained model of one arm, and the loss of every step; arms of one seed read the same rows."""
+    """A trained model of one arm, and the loss of every step; arms of one seed read the same text."""
     model = untrained(arm, setting.shape, seed).to(device)
-    rows = (part.to(device) for part in fresh_rows(setting.shape.language, setting.batch, seed))
+    rows = (part.to(device) for part in batches(setting, seed))
     log = train(model, rows, next_token_loss, setting.plan(), groups=parameter_groups)
     return model, torch.tensor(log.losses)
 
 
-def _file(arm: str, seed: int) -> str:
-    return f"{arm.lower().replace(' ', '-').replace(',', '')}-{seed}.safetensors"
+def _file(setting: Setting, arm: str, seed: int) -> str:
+    name = arm.lower().replace(" ", "-").replace(",", "")
+    return f"{setting.corpus}-{name}-{seed}.safetensors"
+
+
+def _key(setting: Setting, arm: str) -> str:
+    return f"{setting.corpus} of {arm}"
 
 
 def build(target: Path, profile: str) -> None:
     """Train all arms of a profile; write weights and losses."""
-    setting = SETTINGS[profile]
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
     kept = {}
-    for arm in MAIN + VARIANTS:
-        losses = []
-        for seed in setting.seeds_of(arm):
-            model, loss = fit(arm, setting, seed, device)
-            save_model(model, target / _file(arm, seed))
-            losses.append(loss)
-        kept[arm] = torch.stack(losses)
-        last = ", ".join(f"{loss[-30:].mean():.3f}" for loss in losses)
-        print(f"{arm}: {last} nats over the last 30 steps", flush=True)
+    for setting in SETTINGS[profile]:
+        for arm in setting.arms:
+            losses = []
+            for seed in setting.seeds_of(arm):
+                model, loss = fit(arm, setting, seed, device)
+                save_model(model, target / _file(setting, arm, seed))
+                losses.append(loss)
+            kept[_key(setting, arm)] = torch.stack(losses)
+            last = ", ".join(f"{loss[-30:].mean():.3f}" for loss in losses)
+            print(f"{setting.corpus}, {arm}: {last} nats over the last 30 steps", flush=True)
     save_file(kept, target / LOSSES)
 
 
 @dataclass(frozen=True)
-class RowModels:
-    """Trained models by arm, a list over seeds each, their training losses [seeds, steps], and test rows."""
+class Trained:
+    """Models of one corpus by arm, a list over seeds each; losses [seeds, steps]; rows to test on."""
 
+    setting: Setting
     models: dict[str, list[Trunk]]
     losses: dict[str, Float[Tensor, "seeds steps"]]
     rows: Int[Tensor, "rows length"]
 
 
-def load(profile: str = "cpu", device: torch.device | str = "cpu") -> RowModels:
-    """The models of a profile in evaluation mode, built on first use."""
-    setting, directory = SETTINGS[profile], backbone_path("selective_attention", profile)
+def load(profile: str = "cpu", device: torch.device | str = "cpu") -> dict[Corpus, Trained]:
+    """The models of a profile in evaluation mode, by corpus, built on first use."""
+    directory = backbone_path("selective_attention", profile)
+    losses = load_file(directory / LOSSES)
 
-    def read(arm: str, seed: int) -> Trunk:
+    def read(setting: Setting, arm: str, seed: int) -> Trunk:
         model = untrained(arm, setting.shape, seed)
-        load_model(model, directory / _file(arm, seed))
+        load_model(model, directory / _file(setting, arm, seed))
         return model.to(device).eval()
 
-    arms = MAIN + VARIANTS
-    models = {arm: [read(arm, seed) for seed in setting.seeds_of(arm)] for arm in arms}
-    losses = load_file(directory / LOSSES)
-    rows = setting.shape.language.draw(setting.test_rows, TEST_SEED)
-    return RowModels(models, {arm: losses[arm] for arm in arms}, rows)
+    found = {}
+    for setting in SETTINGS[profile]:
+        models = {a: [read(setting, a, seed) for seed in setting.seeds_of(a)] for a in setting.arms}
+        own = {arm: losses[_key(setting, arm)] for arm in setting.arms}
+        found[setting.corpus] = Trained(setting, models, own, test_rows(setting))
+    return found
