@@ -131,7 +131,7 @@ def test_tokens_differ_in_the_number_of_their_successors():
 
 
 def test_arms_read_the_same_rows_and_are_tested_on_others(monkeypatch):
-    monkeypatch.setattr(build, "streams", lambda entries: (stream(0), stream(1)))
+    monkeypatch.setattr(build, "text_streams", lambda entries: (stream(0), stream(1)))
     for setting in (ROWS, TEXT):
         first, again, other = (next(build.batches(setting, seed)) for seed in (0, 0, 1))
         assert first.shape == (4, 24)
@@ -144,7 +144,7 @@ def test_arms_read_the_same_rows_and_are_tested_on_others(monkeypatch):
 
 def test_training_and_reading_back(tmp_path, monkeypatch):
     monkeypatch.setitem(SETTINGS, "smoke", (TEXT, ROWS))
-    monkeypatch.setattr(build, "streams", lambda entries: (stream(0), stream(1)))
+    monkeypatch.setattr(build, "text_streams", lambda entries: (stream(0), stream(1)))
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         build.build(tmp_path / name, "smoke")

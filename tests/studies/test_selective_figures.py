@@ -9,6 +9,7 @@ from reattend.plots import BASELINE, COLOURS
 from reattend.studies.selective_figures import (
     colour,
     draw_by_degree,
+    draw_gains,
     draw_learning,
     draw_norms,
     draw_points,
@@ -62,6 +63,17 @@ def test_points_and_bounds():
     texts = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert texts == ["value", "vanilla"]
     assert figure.axes[0].get_legend().texts[0].get_text() == "Bayes: 0.50"
+
+
+def test_gains_name_arm_and_corpus():
+    figure = draw_gains({"SSA, text": [0.1, 0.2, 0.3], "q, k and v, text": [0.1]})
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [
+        "SSA, text",
+        "q, k and v, text",
+    ]
+    diamonds = [line for line in figure.axes[0].lines if line.get_marker() == "D"]
+    assert [line.get_color() for line in diamonds] == [colour("SSA"), colour("q, k and v")]
+    np.testing.assert_allclose([line.get_xdata()[0] for line in diamonds], [0.2, 0.1])
 
 
 def test_learning_shows_how_many_times_fewer_steps():

@@ -99,6 +99,18 @@ def draw_points(
     return figure
 
 
+def draw_gains(values: Mapping[str, Sequence[float]]) -> Figure:
+    """Nats below softmax attention of every "arm, corpus": seeds, mean and 95 % interval."""
+    figure, axis = plt.subplots(figsize=(7.5, 0.36 * len(values) + 1.2))
+    for place, (name, points) in enumerate(values.items()):
+        mean_point(axis, points, place, colour(name.rsplit(", ", 1)[0]))
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_yticks(range(len(values)), list(values))
+    axis.invert_yaxis()
+    axis.set_xlabel("loss below softmax attention's (nats; right of 0 is better)")
+    return figure
+
+
 def draw_by_degree(
     tau: Mapping[str, Float[Tensor, "seeds nodes 1"]],
     effective: Mapping[str, Float[Tensor, "seeds nodes 1"]],

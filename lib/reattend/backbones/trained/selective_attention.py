@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -233,11 +233,17 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 # --- the build -----------------------------------------------------------------------------------
 
 
+@cache
+def text_streams(entries: int) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:
+    """Training and held-out text as tokens; splitting it takes seconds, so once."""
+    return streams(entries)
+
+
 def batches(setting: Setting, seed: int) -> Iterator[Int[Tensor, "batch length"]]:
     """What models of one seed are trained on, in the same order for all arms."""
     if setting.corpus == "rows":
         return fresh_rows(setting.language, setting.batch, seed)
-    stream, _ = streams(setting.shape.vocabulary)
+    stream, _ = text_streams(setting.shape.vocabulary)
     generator = torch.Generator().manual_seed(1000 + seed)
     return random_windows(stream, setting.batch, setting.shape.length + 1, generator)
 
@@ -246,7 +252,7 @@ def test_rows(setting: Setting) -> Int[Tensor, "rows length"]:
     """Held-out text, spread evenly over it, or rows that no training has."""
     if setting.corpus == "rows":
         return setting.language.draw(setting.test_rows, TEST_SEED)
-    _, held_out = streams(setting.shape.vocabulary)
+    _, held_out = text_streams(setting.shape.vocabulary)
     return spread_rows(held_out, setting.test_rows, setting.shape.length + 1)
 
 
