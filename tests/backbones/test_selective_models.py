@@ -21,7 +21,7 @@ from reattend.language_modeling.selective_attention import SelectiveAttention, T
 from reattend.trunks.language import innermost, parameter_count, same_size
 
 SMALL = Shape(12, 23, 16, 2, 2, shift=True)
-ROWS = Setting("rows", SMALL, 4, 3, 6e-3, 2, ("q",), 1, 8)
+ROWS = Setting("rows", SMALL, 4, 3, 6e-3, 2, MAIN, ("q",), 8)
 TEXT = replace(ROWS, corpus="text", shape=replace(SMALL, shift=False))
 
 

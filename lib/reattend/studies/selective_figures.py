@@ -38,6 +38,7 @@ def draw_temperatures(
     for axis, (part, values) in zip(axes[0], tau.items(), strict=True):
         shown = axis.imshow(values, cmap="RdBu_r", vmin=2 - most, vmax=most, aspect="auto")
         axis.set(title=f"tau of each {part}", xlabel="token", ylabel="head")
+        axis.set_yticks(range(len(values)), range(1, len(values) + 1))
         figure.colorbar(shown, ax=axis)
     titles = ("head 1 without temperatures", "head 1, queries and values scaled")
     for axis, drawn, title in zip(axes[1], (before, after), titles, strict=True):

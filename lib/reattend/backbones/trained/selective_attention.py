@@ -58,7 +58,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Setting:
-    """What one profile trains on one corpus: `seeds` models of each of `MAIN`, `variant_seeds` of each variant."""
+    """What one profile trains on one corpus: `seeds` models of each arm, `variant_seeds` of each variant."""
 
     corpus: Corpus
     shape: Shape
@@ -66,13 +66,14 @@ class Setting:
     steps: int
     rate: float
     seeds: int
+    arms: tuple[str, ...]
     variants: tuple[str, ...]
-    variant_seeds: int
     test_rows: int
+    variant_seeds: int = 1
 
     @property
-    def arms(self) -> tuple[str, ...]:
-        return MAIN + self.variants
+    def trained(self) -> tuple[str, ...]:
+        return self.arms + self.variants
 
     @property
     def language(self) -> RowLanguage:
@@ -85,30 +86,28 @@ class Setting:
         return TrainingPlan(self.steps, self.rate, warmup=warmup, betas=(0.9, 0.95), fused=True)
 
     def seeds_of(self, arm: str) -> range:
-        return range(self.seeds if arm in MAIN else self.variant_seeds)
+        return range(self.seeds if arm in self.arms else self.variant_seeds)
 
 
 MAIN = ("Softmax", "SSA", "Elsewhere", "Constant")
-PARTS = ("q", "v", "q, k and v", "token", "position", "official")
+PARTS = ("q", "v", "token", "position", "official")
+PAIR, ALONE = ("Softmax", "SSA"), ("No mixing",)
 _SMALL = Shape(300, 16, 16, 2, 2)
+_FEW = replace(_SMALL, vocabulary=12, shift=True)
+_BYTES = Shape(258, 128, 64, 3, 4)
+_ROWS = Shape(32, 127, 64, 2, 4, shift=True)
 SETTINGS: dict[str, tuple[Setting, ...]] = {
     "smoke": (
-        Setting("text", _SMALL, 2, 3, 6e-3, 3, ("official",), 1, 4),
-        Setting(
-            "rows", replace(_SMALL, vocabulary=12, shift=True), 4, 3, 6e-3, 3, ("No mixing",), 1, 8
-        ),
+        Setting("text", _SMALL, 2, 3, 6e-3, 3, MAIN, ("official",), 4),
+        Setting("rows", _FEW, 4, 3, 6e-3, 3, PAIR, ALONE, 8),
     ),
     "cpu": (
-        Setting("text", Shape(258, 128, 64, 3, 4), 8, 360, 6e-3, 4, PARTS, 1, 512),  # 258: bytes
-        Setting(
-            "rows", Shape(32, 127, 64, 2, 4, shift=True), 16, 300, 1.2e-2, 4, ("No mixing",), 1, 256
-        ),
+        Setting("text", _BYTES, 8, 360, 6e-3, 4, MAIN, PARTS, 512),
+        Setting("rows", _ROWS, 16, 300, 1.2e-2, 4, PAIR, ALONE, 256),
     ),
     "gpu": (
-        Setting("text", Shape(2048, 1024, 512, 8, 8), 16, 2000, 1e-3, 8, PARTS, 4, 64),
-        Setting(
-            "rows", Shape(64, 511, 256, 4, 8, shift=True), 32, 3000, 2e-3, 8, ("No mixing",), 2, 512
-        ),
+        Setting("text", Shape(2048, 1024, 512, 8, 8), 16, 2000, 1e-3, 8, MAIN, PARTS, 64, 4),
+        Setting("rows", replace(_ROWS, length=511, width=256), 32, 3000, 2e-3, 8, PAIR, ALONE, 512),
     ),
 }
 
@@ -280,7 +279,7 @@ def build(target: Path, profile: str) -> None:
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
     kept = {}
     for setting in SETTINGS[profile]:
-        for arm in setting.arms:
+        for arm in setting.trained:
             losses = []
             for seed in setting.seeds_of(arm):
                 model, loss = fit(arm, setting, seed, device)
@@ -314,7 +313,9 @@ def load(profile: str = "cpu", device: torch.device | str = "cpu") -> dict[Corpu
 
     found = {}
     for setting in SETTINGS[profile]:
-        models = {a: [read(setting, a, seed) for seed in setting.seeds_of(a)] for a in setting.arms}
-        own = {arm: losses[_key(setting, arm)] for arm in setting.arms}
+        models = {
+            a: [read(setting, a, seed) for seed in setting.seeds_of(a)] for a in setting.trained
+        }
+        own = {arm: losses[_key(setting, arm)] for arm in setting.trained}
         found[setting.corpus] = Trained(setting, models, own, test_rows(setting))
     return found
