@@ -77,8 +77,10 @@ def test_gains_name_arm_and_corpus():
 
 
 def test_learning_shows_how_many_times_fewer_steps():
-    losses = {"SSA": np.random.default_rng(0).random((3, 20))}
+    slow = np.linspace(3, 1, 20) * np.ones((3, 1))
+    losses = {"Softmax": slow, "SSA": slow - 0.25}
     figure = draw_learning(losses, {"SSA": np.log([0.5, 0.5, 0.5])}, 4, 1.45)
+    np.testing.assert_allclose(figure.axes[0].lines[1].get_ydata(), -0.25)
     speeds = figure.axes[1].lines[0].get_xdata()
     np.testing.assert_allclose(speeds, 2.0)
 

@@ -128,7 +128,7 @@ def draw_by_degree(
         axis.set(xscale="log", xlabel="successors of the node", ylabel=name, ylim=(0, None))
         axis.set_xticks(kinds, kinds)
         axis.minorticks_off()
-    axes[0].legend()
+        axis.legend()
     return figure
 
 
@@ -138,12 +138,21 @@ def draw_learning(
     window: int,
     reported: float,
 ) -> Figure:
-    """Learning curves, means over seeds, and how many times fewer steps arms need than softmax attention."""
+    """Training loss above softmax attention's, means over seeds, and how many times fewer steps arms need.
+
+    Args:
+        losses: of "Softmax" and of arms to compare with it.
+        ratios: log of an arm's steps over softmax attention's.
+        window: steps over which a loss is averaged.
+        reported: times fewer steps, in the paper.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(1.2, 1))
     for arm, values in losses.items():
-        shown = smoothed(values, window).mean(0)
+        shown = smoothed(values - losses["Softmax"], window).mean(0)
         left.plot(np.arange(window, window + len(shown)), shown, color=colour(arm), label=arm)
-    left.set(xlabel="training step", ylabel="training loss (nats a token)", title="learning curves")
+    left.set(
+        xlabel="training step", ylabel="training loss above softmax's (nats)", title="learning"
+    )
     left.legend()
     for place, (arm, values) in enumerate(ratios.items()):
         mean_point(right, np.exp(-values), place, colour(arm), "here" if place == 0 else None)
@@ -166,7 +175,7 @@ def draw_spikiness(curves: Mapping[str, Float[np.ndarray, "seeds layers length"]
             length = values.shape[2]
             places = np.unique(np.geomspace(1, length, min(14, length)).astype(int))
             mean_curve(axis, places, values[:, layer, places - 1], colour(arm), arm)
-        axis.set(xscale="log", yscale="log", xlabel="visible tokens", title=f"layer {layer + 1}")
+        axis.set(xscale="log", xlabel="visible tokens", title=f"layer {layer + 1}", ylim=(0, 1.05))
     axes[0, 0].set_ylabel("share of them that is read (low: spiky)")
     axes[0, -1].legend()
     return figure
