@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from reattend.backbones.store import backbone_path
-from reattend.backbones.trained.transnormer import spread_rows, streams
+from reattend.backbones.trained.transnormer import spread_rows, streams, text_loss
 from reattend.data.row_language import RowLanguage
 from reattend.data.word_tokens import random_windows
 from reattend.language_modeling.selective_attention import (
@@ -28,7 +29,6 @@ from reattend.language_modeling.selective_attention import (
     position_temperature,
     token_temperature,
 )
-from reattend.studies.row_language import fresh_rows, next_token_loss
 from reattend.training.loop import TrainingPlan, decay_matrices, train
 from reattend.trunks.language import FeedForward, Trunk
 from reattend.trunks.mixers import SoftmaxAttention, TokenShift
@@ -238,10 +238,17 @@ def text_streams(entries: int) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " to
     return streams(entries)
 
 
+def _fresh_rows(setting: Setting, seed: int) -> Iterator[Int[Tensor, "batch length"]]:
+    """Rows that never come again, drawn a thousand at a time."""
+    rows = 1024 // setting.batch * setting.batch
+    for part in count((seed + 1) * 10**6):
+        yield from setting.language.draw(rows, part).split(setting.batch)
+
+
 def batches(setting: Setting, seed: int) -> Iterator[Int[Tensor, "batch length"]]:
     """What models of one seed are trained on, in the same order for all arms."""
     if setting.corpus == "rows":
-        return fresh_rows(setting.language, setting.batch, seed)
+        return _fresh_rows(setting, seed)
     stream, _ = text_streams(setting.shape.vocabulary)
     generator = torch.Generator().manual_seed(1000 + seed)
     return random_windows(stream, setting.batch, setting.shape.length + 1, generator)
@@ -261,7 +268,7 @@ def fit(
     """A trained model of one arm, and the loss of every step; arms of one seed read the same text."""
     model = untrained(arm, setting.shape, seed).to(device)
     rows = (part.to(device) for part in batches(setting, seed))
-    log = train(model, rows, next_token_loss, setting.plan(), groups=parameter_groups)
+    log = train(model, rows, text_loss, setting.plan(), groups=parameter_groups)
     return model, torch.tensor(log.losses)
 
 
