@@ -211,15 +211,15 @@ def largest(
 class SelectiveV(AttentionMethod):
     """Decoding that reads, of the values, only those of the largest weights (section 2, Table 8).
 
-    Every key is read to find them, for each query head its own. The weights keep the sum that they
-    have: what is left out counts as zero.
+    Every key is read to find them, for each query head its own.
     """
 
-    def __init__(self, *, keep: Budget = 100, renormalise: bool = False) -> None:
+    def __init__(self, *, keep: Budget = 100, renormalise: bool = True) -> None:
         """
         Args:
             keep: values read by each query head; a float is a share of the cache as it stands.
-            renormalise: divide the kept weights by their sum.
+            renormalise: divide the kept weights by their sum; else what is left out counts as zero. The
+                paper does not say which.
 
         Raises:
             ValueError: a setting out of range.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from reattend.attention.method import AttentionMethod
+from reattend.attention.decoding import read_prompt
+from reattend.attention.method import AttentionMethod, Budget
 from reattend.language_modeling.sigma import (
     SelectiveV,
     largest,
@@ -16,7 +19,8 @@ from reattend.language_modeling.sigma import (
     shared_sum,
     shared_weights,
 )
-from reattend.trunks.language import GatedFeedForward
+from reattend.studies.recycled import follow
+from reattend.trunks.language import GatedFeedForward, Trunk, innermost
 
 Run = Callable[[], object]
 
@@ -116,3 +120,50 @@ class SelectiveChunk(AttentionMethod):
         chosen = largest(self.order(weights).masked_fill(future, -1), reads)
         self.mass.append((weights * chosen).sum(-1).mean().item())
         return shared_sum(self.method.kept(weights, chosen), value)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How many values are read of a cache, which, and what becomes of their weights."""
+
+    keep: Budget
+    order: str = "largest"
+    renormalise: bool = True
+
+    def chunk(self) -> SelectiveChunk:
+        """A reader of its own for one text."""
+        return SelectiveChunk(SelectiveV(keep=self.keep, renormalise=self.renormalise), self.order)
+
+
+def decoded_nats(
+    model: nn.Module, text: Int[Tensor, " length"], prompt: int, ways: Sequence[Way]
+) -> dict[Way | None, tuple[float, float]]:
+    """Mean nats of the tokens behind a prompt that was read densely, and the mass of the weights that were kept.
+
+    Under None: all values, mass 1. The first token behind the prompt is left out: no way has a say in it.
+    """
+    start = read_prompt(model, text[None, :prompt])
+    given = text[None, prompt:]
+    found = {None: (follow(model, AttentionMethod(), start, given).nll[0, 1:].mean().item(), 1.0)}
+    for way in ways:
+        chunk = way.chunk()
+        nll = follow(model, chunk, start, given).nll[0, 1:].mean().item()
+        found[way] = nll, float(np.mean(chunk.mass))
+    return found
+
+
+# --- maps ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def layer_maps(
+    model: Trunk, tokens: Int[Tensor, "batch length"], layer: int
+) -> Float[Tensor, "batch heads length length"]:
+    """The attention maps of one layer, on what its mixer reads there."""
+    mixer, maps = innermost(model.blocks[layer].mixer), []
+    hook = mixer.register_forward_pre_hook(lambda m, read: maps.append(m.weights(read[0])))
+    try:
+        model(tokens)
+    finally:
+        hook.remove()
+    return maps[0].cpu()

@@ -36,9 +36,9 @@ class Setting:
     width: int = 64
     layers: int = 2
     heads: int = 8
-    batch: int = 16
-    steps: int = 300
-    rate: float = 3e-3
+    batch: int = 8
+    steps: int = 500
+    rate: float = 1e-2
     seeds: int = 4
     language: RowLanguage = field(default_factory=RowLanguage)
 
@@ -76,11 +76,11 @@ class Arm:
         elsewhere: whether the augmented queries are the placebo's.
     """
 
-    keys: float = 1
-    values: float = 1
-    key_width: float = 1
-    augmented: float = 0
-    feed_forward: float = 2
+    keys: float = 1.0
+    values: float = 1.0
+    key_width: float = 1.0
+    augmented: float = 0.0
+    feed_forward: float = 2.0
     elsewhere: bool = False
 
     def mixer(self, setting: Setting, width: int) -> nn.Module:
