@@ -57,7 +57,6 @@ METHODS = {
     "h2o": {"budget": 8},
     "recycled_attention": {"budget": 8, "stride": 4},
     "hip_decoding": {"k": 8, "window": 4, "sink": 2, "dense_layers": 0, "refresh": 3},
-    "selective_v": {"keep": 8},
     "streaming_cache": {"budget": 8},
     "oracle_cache": {"budget": 8},
 }

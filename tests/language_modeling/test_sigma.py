@@ -288,6 +288,21 @@ def test_a_padded_sequence_is_decoded_as_it_is_alone():
     torch.testing.assert_close(found[1:], decoded(SelectiveV(keep=6), q[1:], k[1:], v[1:]), **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_chosen_and_summed_in_float32(dtype):
+    """Raw scores of 75,000, scaled ones of 9,400: beyond float16, and a sharp softmax."""
+    shape = {"generator": torch.Generator().manual_seed(0)}
+    key, value = (torch.randn(1, 1, 48, 64, **shape).to(dtype) for _ in range(2))
+    query = torch.zeros(1, 2, 1, 64, dtype=dtype)
+    query[..., 0] = 300
+    key[..., 0] = 250 + torch.arange(48).to(dtype) / 8
+    ours = decoded(SelectiveV(keep=4), query, key, value, scale=1 / 8)
+    wide = decoded(SelectiveV(keep=4), query.float(), key.float(), value.float(), scale=1 / 8)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, wide.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*left nothing out")
 def test_it_attaches_to_a_model_and_reads_the_prompt_densely():
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reattend.attention.dense import causal_token_mask
+from reattend.attention.dense import causal_token_mask, widened
 from reattend.attention.method import (
     AttentionMethod,
     Budget,
@@ -267,12 +267,12 @@ class SelectiveV(AttentionMethod):
     def _decode_part(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, layer: int
     ) -> Tensor:
-        weights = shared_weights(query, key, scale)
+        weights = shared_weights(widened(query), widened(key), scale)
         reads = torch.tensor([self.values_read(key.shape[2])], device=key.device)
         chosen = largest(weights, reads)
         self.record(layer, chosen.float().mean(-1).squeeze(-1), phase="decode")
         self._count(chosen, key.shape[1])
-        return shared_sum(self.kept(weights, chosen), value)
+        return shared_sum(self.kept(weights, chosen), widened(value)).to(value.dtype)
 
     def _count(self, chosen: Bool[Tensor, "batch heads 1 keys"], key_heads: int) -> None:
         """A value that any head of a group reads is read once; of the other entries, the key."""

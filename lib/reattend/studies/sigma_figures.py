@@ -61,21 +61,42 @@ def beside_the_paper(
     return figure
 
 
-def draw_cache_against_loss(nats: Seeds, numbers: Mapping[str, int]) -> Figure:
-    """Loss of every arm against what its cache holds of a token: seeds, mean and 95 % interval."""
-    figure, axis = plt.subplots(figsize=(7.5, 3.8))
-    for index, (name, values) in enumerate(nats.items()):
-        x, found = numbers[name] * (1 + 0.03 * index), mean(values)
-        axis.plot(np.full(len(values), x), values, "o", color=COLOURS[index], ms=3, alpha=0.5)
-        axis.plot([x, x], [found.low, found.high], color=COLOURS[index], lw=2)
-        style = {"color": COLOURS[index], "mec": "black", "mew": 0.6, "ms": 6}
-        axis.plot(x, found.effect, "D", label=name, **style)
-    axis.set_xscale("log", base=2)
-    places = sorted(set(numbers.values()))
-    axis.set_xticks(places, places)
-    axis.minorticks_off()
-    axis.set(xlabel="numbers a layer's cache holds of a token", ylabel="loss (nats a token)")
-    axis.legend(ncols=2)
+def draw_losses(
+    curves: Mapping[str, Float[np.ndarray, "seeds places"]],
+    numbers: Mapping[str, int],
+    nats: Seeds,
+    reference: str,
+) -> Figure:
+    """Left, loss against what a layer's cache holds of a token; right, distance to `reference` by place.
+
+    Args:
+        curves: arm -> loss of every place in the row.
+        numbers: arm -> numbers that its cache holds of a token.
+        nats: arm -> loss by seed.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4))
+    cells = np.array_split(np.arange(curves[reference].shape[1]), 10)
+    taken: dict[int, int] = {}
+    for (name, values), colour in zip(nats.items(), COLOURS, strict=False):
+        beside = taken[numbers[name]] = taken.get(numbers[name], 0) + 1
+        x, found = numbers[name] * 1.06 ** (beside - 1), mean(values)
+        left.plot(np.full(len(values), x), values, "o", color=colour, ms=3, alpha=0.5)
+        left.plot([x, x], [found.low, found.high], color=colour, lw=2)
+        left.plot(x, found.effect, "D", color=colour, mec="black", mew=0.6, ms=6, label=name)
+        if name != reference:
+            above = curves[name] - curves[reference]
+            by_cell = np.stack([above[:, cell].mean(1) for cell in cells], 1)
+            right.plot(
+                [c.mean() + 1 for c in cells], by_cell.mean(0), "o-", color=colour, ms=3, label=name
+            )
+    places = sorted(taken)
+    left.set_xscale("log", base=2)
+    left.set_xticks(places, places)
+    left.minorticks_off()
+    left.set(xlabel="numbers a layer's cache holds of a token", ylabel="loss (nats a token)")
+    right.axhline(0, color="black", lw=0.8)
+    right.set(xlabel="tokens before", ylabel=f"loss above {reference}'s, mean of seeds")
+    left.legend(ncols=2)
     return figure
 
 
