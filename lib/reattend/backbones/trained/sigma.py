@@ -7,22 +7,22 @@ token) and, of one seed, the same rows in the same order and the same initial we
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from reattend.backbones.store import backbone_path
 from reattend.data.row_language import RowLanguage
 from reattend.language_modeling.sigma import DiffQKVAttention
-from reattend.studies.row_language import learn_rows
-from reattend.training.loop import TrainingPlan, decay_matrices
-from reattend.trunks.language import GatedFeedForward, Trunk
+from reattend.training.loop import TrainingPlan, decay_matrices, train
+from reattend.trunks.language import GatedFeedForward, Trunk, labelled_loss
 from reattend.trunks.mixers import TokenShift
 
 LOSSES = "losses.safetensors"
@@ -42,10 +42,10 @@ class Setting:
     seeds: int = 4
     language: RowLanguage = field(default_factory=RowLanguage)
 
-    def plan(self) -> TrainingPlan:
-        """Warm-up over a fifteenth of the steps, then a cosine to zero."""
-        warmup = self.steps // 15
-        return TrainingPlan(self.steps, self.rate, warmup=warmup, betas=(0.9, 0.95), fused=True)
+    def plan(self, arm: str) -> TrainingPlan:
+        """Warm-up over a fifteenth of the steps, then a cosine to zero, at the rate that suits the arm."""
+        rate, warmup = ARMS[arm].rate * self.rate, self.steps // 15
+        return TrainingPlan(self.steps, rate, warmup=warmup, betas=(0.9, 0.95), fused=True)
 
 
 class ElsewhereAttention(DiffQKVAttention):
@@ -74,6 +74,7 @@ class Arm:
         augmented: hidden width of the augmented queries, of the trunk's width; 0 for none.
         feed_forward: hidden width of the feed-forward part, of the trunk's width.
         elsewhere: whether the augmented queries are the placebo's.
+        rate: of learning, as a share of the setting's.
     """
 
     keys: float = 1.0
@@ -82,6 +83,7 @@ class Arm:
     augmented: float = 0.0
     feed_forward: float = 2.0
     elsewhere: bool = False
+    rate: float = 1.0
 
     def mixer(self, setting: Setting, width: int) -> nn.Module:
         """The attention of one layer."""
@@ -153,21 +155,26 @@ def untrained(arm: str, setting: Setting, seed: int) -> Trunk:
     return model
 
 
+def fresh_rows(setting: Setting, seed: int) -> Iterator[Int[Tensor, "batch length"]]:
+    """Batches of rows that never come again, the same for all arms of a seed."""
+    drawn = 1024 // setting.batch * setting.batch
+    for part in count((seed + 1) * 10**6):
+        yield from setting.language.draw(drawn, part).split(setting.batch)
+
+
+def next_token_loss(model: Trunk, rows: Int[Tensor, "batch length"]) -> Float[Tensor, ""]:
+    """Mean nats of every next token."""
+    return labelled_loss(model, rows[:, :-1], rows[:, 1:])
+
+
 def fit(
-    arm: str, setting: Setting, seed: int, device: str = "cpu", progress: Any = iter
+    arm: str, setting: Setting, seed: int, device: str = "cpu"
 ) -> tuple[Trunk, Float[Tensor, " steps"]]:
     """A trained model of one arm, and the loss of every step."""
     model = untrained(arm, setting, seed).to(device)
     torch.manual_seed(seed)  # of the placebo's draws
-    log = learn_rows(
-        model,
-        setting.language,
-        setting.plan(),
-        setting.batch,
-        seed,
-        groups=decay_matrices,
-        progress=progress,
-    )
+    rows = (batch.to(device) for batch in fresh_rows(setting, seed))
+    log = train(model, rows, next_token_loss, setting.plan(arm), groups=decay_matrices)
     return model, torch.tensor(log.losses)
 
 
