@@ -37,7 +37,7 @@ class Setting:
     layers: int = 2
     heads: int = 8
     batch: int = 8
-    steps: int = 500
+    steps: int = 400
     rate: float = 1e-2
     seeds: int = 4
     language: RowLanguage = field(default_factory=RowLanguage)
@@ -108,7 +108,7 @@ ARMS = {
     "K8 V2": Arm(values=1 / 4),
     "half K": Arm(key_width=1 / 2),
     "K2 V2": _GROUPED,
-    "AugQ": replace(_GROUPED, augmented=1.5),
+    "AugQ": replace(_GROUPED, augmented=1.5, rate=0.5),
     "AugQ elsewhere": replace(_GROUPED, augmented=1.5, elsewhere=True),
     "AugF": replace(_GROUPED, feed_forward=3.5),
 }
