@@ -138,7 +138,7 @@ def draw_times(
         right.plot(contexts, np.array(found) / 1e6, "o-", color=styles[name], label=name)
     left.set(ylabel="CPU milliseconds a token", yscale="log", title="time")
     middle.axhline(0, color="black", lw=0.8)
-    middle.set(ylabel="time saved against grouped (%)", title="what is saved", ylim=(-60, 60))
+    middle.set(ylabel="time saved against grouped (%)", title="what is saved", ylim=(-60, 50))
     right.set(ylabel="megabytes", yscale="log", title="cache of a layer, float32")
     for axis in (left, middle, right):
         axis.set_xscale("log", base=2)
