@@ -108,7 +108,7 @@ def test_weights_take_the_scale_that_is_given():
 SIZES = [
     {},
     {"key_heads": 2, "value_heads": 3},
-    {"key_heads": 1, "augmented": 20},
+    {"key_heads": 1, "augmented": 20, "rotary_base": 500.0},
     {"value_heads": 1, "key_width": 4},
     {"key_heads": 3, "value_heads": 2, "key_width": 3, "augmented": 7, "rotary_base": 500.0},
     {"key_heads": 2, "head_width": 10, "key_width": 5, "augmented": 9},
