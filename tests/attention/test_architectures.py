@@ -135,6 +135,7 @@ SETTINGS = {
         {"k": 99, "dense_layers": 0},
         {"k": 8, "window": 4, "sink": 2, "dense_layers": 0, "refresh": 2},
     ),
+    "selective_v": ({"keep": 99}, {"keep": 8}),
     "streaming_cache": ({"budget": 99}, {"budget": 8}),
     "oracle_cache": ({"budget": 99}, {"budget": 8}),
 }

@@ -170,6 +170,12 @@ METHODS = {
         "the same search for each new token, or for every few",
         "Lee et al., ICLR 2025, arXiv 2406.09827",
     ),
+    "selective_v": Registered(
+        "reattend.language_modeling.sigma:SelectiveV",
+        "decode",
+        "all keys, and the values of the largest weights",
+        "Lin et al. (Sigma), 2025, arXiv 2501.13629",
+    ),
     "streaming_cache": Registered(
         f"{_BASELINES}.cache_bounds:StreamingCache",
         "decode",
