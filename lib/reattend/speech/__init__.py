@@ -1,0 +1,1 @@
+"""Attention in speech recognition and translation; one module per paper."""
