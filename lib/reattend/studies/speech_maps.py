@@ -27,6 +27,9 @@ from reattend.speech.s2t_cross_attention import Speech
 
 LONGEST = 18  # tokens of a transcript: the prompts have at most eight words
 
+PILOT = ("conf-unmuted", "dir-pls-enter", "vm-from-phonenumber", "vm-num-i-have")
+"""Prompts on which the settings of the experiment were chosen; it leaves them out."""
+
 Map = Float[Tensor, "tokens positions"]
 
 
@@ -47,9 +50,16 @@ def short_prompts(seconds: tuple[float, float], said: tuple[int, int]) -> list[P
         for prompt in spoken_prompts()
         if seconds[0] <= prompt.seconds <= seconds[1]
         and least <= len(words(prompt.text)) <= most
+        and prompt.name not in PILOT
         and "silence" not in prompt.name
     ]
     return [chosen[i] for i in np.random.default_rng(0).permutation(len(chosen))]
+
+
+def error_rate(text: str, prompt: Prompt) -> float:
+    """Word errors in per cent of the prompt's words, at most 100."""
+    meant = words(prompt.text)
+    return min(100.0, 100 * method.word_errors(words(text), meant) / len(meant))
 
 
 # Recognising ----------------------------------------------------------------------------------------
@@ -84,6 +94,15 @@ class Recogniser:
         found = method.transcribe(self.model, features, self.prompt, END, LONGEST)
         return [self.tokenizer.decode(tokens) for tokens in found]
 
+    def error_rates(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Word error rate of each prompt, per cent."""
+        rates = []
+        for start in range(0, len(prompts), 8):
+            part = prompts[start : start + 8]
+            texts = self.texts(torch.stack([self.features(prompt) for prompt in part]))
+            rates += [error_rate(*pair) for pair in zip(texts, part, strict=True)]
+        return np.array(rates)
+
     def hear(self, prompt: Prompt) -> Speech:
         """A prompt with its greedy transcript."""
         features = self.features(prompt)
@@ -106,6 +125,7 @@ class Removal:
     Args:
         input_masks, output_masks: how many for the spectrogram and for the encoder's output.
         blocks: sides of the rectangles in frames and bins; the masks are shared among them.
+        run: positions of the encoder's output that are kept or removed together.
         bins: the first so many mel bins are removed; the recordings have nothing above.
         fill: what replaces a cell of the spectrogram: "mean" of the utterance, or its "floor".
     """
@@ -113,6 +133,7 @@ class Removal:
     input_masks: int
     output_masks: int
     blocks: Sequence[tuple[int, int]]
+    run: int
     bins: int
     fill: str = "mean"
 
@@ -131,9 +152,9 @@ class Removal:
         return paired.flatten(0, 2)
 
     def draw_output(self, speech: Speech, generator: torch.Generator) -> Tensor:
-        """Masks of the encoder's output, frame by frame."""
-        shape = speech.positions, 1
-        return method.rectangle_masks(self.output_masks // 2, shape, (1, 1), generator)[:, :, 0]
+        """Masks of the encoder's output, of all its values at a position."""
+        shape, block = (speech.positions, 1), (self.run, 1)
+        return method.rectangle_masks(self.output_masks // 2, shape, block, generator)[:, :, 0]
 
 
 def text_rows(relevance: Float[Tensor, "tokens ..."]) -> Float[Tensor, "text ..."]:
@@ -341,12 +362,6 @@ def shifted(maps: Float[Tensor, "*maps positions"], shift: int) -> Float[Tensor,
 
 
 # Deletion -------------------------------------------------------------------------------------------------
-
-
-def error_rate(text: str, prompt: Prompt) -> float:
-    """Word errors in per cent of the prompt's words, at most 100."""
-    meant = words(prompt.text)
-    return min(100.0, 100 * method.word_errors(words(text), meant) / len(meant))
 
 
 def deletion_curves(
