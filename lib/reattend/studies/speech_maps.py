@@ -30,7 +30,8 @@ LONGEST = 18  # tokens of a transcript: the prompts have at most eight words
 PILOT = ("conf-unmuted", "dir-pls-enter", "vm-from-phonenumber", "vm-num-i-have")
 """Prompts on which the settings of the experiment were chosen; it leaves them out."""
 
-Map = Float[Tensor, "tokens positions"]
+Map = Float[Tensor, "_ _"]
+"""[tokens, positions], which differ from prompt to prompt."""
 
 
 def words(text: str) -> list[str]:
@@ -318,7 +319,7 @@ def rescaled(relevance: Map, tokens: int, positions: int) -> Map:
     return functional.interpolate(relevance[None, None], size, mode="bilinear")[0, 0]
 
 
-def borrowed(maps: Sequence[Map], lenders: int = 4) -> list[Float[Tensor, "lenders t p"]]:
+def borrowed(maps: Sequence[Map], lenders: int = 4) -> list[Float[Tensor, "lenders _ _"]]:
     """For each prompt the maps of others of like length, stretched to its own size.
 
     Those nearest in the number of tokens come first, then those nearest in duration.

@@ -65,7 +65,7 @@ def draw_maps(explained: Explained, names: Sequence[str], titles: Sequence[str])
     return figure
 
 
-def _image(axis: Axes, picture: np.ndarray, length: float, cmap: str, **settings) -> None:
+def _image(axis: Axes, picture: np.ndarray, length: int, cmap: str, **settings) -> None:
     """[bins, frames], low bins below, over `length` milliseconds."""
     extent = (0, length, 0, len(picture))
     axis.imshow(picture, aspect="auto", origin="lower", cmap=cmap, extent=extent, **settings)
