@@ -20,7 +20,6 @@ COLOUR_OF = {
     "SM^X, cells": COLOURS[1],
     "SM^X, mean": COLOURS[5],
     "SM^H": COLOURS[2],
-    "diagonal": COLOURS[4],
     "random frames": BASELINE,
     "random cells": COLOURS[7],
 }
