@@ -26,6 +26,9 @@ CORE_ROOMS = (
     "theory",
     "vision",
     "vision_language",
+    "speech",
+    "theory",
+    "vision",
 )
 
 ATTACH = """
