@@ -32,7 +32,7 @@ def test_heads_carry_their_numbers_and_the_layers_mean_map():
 def test_correlations_show_the_papers_range():
     points = {"SM^H": {"CA": np.array([0.2, 0.4, 0.6]), "diagonal": np.array([0.1, 0.1, 0.2])}}
     axis = figures.draw_correlations(points, {"SM^H": (0.52, 0.75)}).axes[0]
-    assert "0.52 to 0.75" in axis.get_legend().get_texts()[0].get_text()
+    assert "paper, CA: 0.52 to 0.75" in axis.get_title()
     means = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "D"]
     assert means == pytest.approx([0.4, 0.4 / 3])
 

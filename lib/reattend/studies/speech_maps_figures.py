@@ -108,14 +108,13 @@ def draw_correlations(
     for axis, (target, scores) in zip(np.atleast_1d(axes), points.items(), strict=True):
         low, high = reported[target]
         label = f"paper, CA: {low:g}" if low == high else f"paper, CA: {low:g} to {high:g}"
-        axis.axvspan(low - 0.005, high + 0.005, color=REPORTED, alpha=0.5, lw=0, label=label)
+        axis.axvspan(low - 0.005, high + 0.005, color=REPORTED, alpha=0.5, lw=0)
         for place, (name, values) in enumerate(scores.items()):
             mean_point(axis, values, place, COLOURS[0] if name.startswith("CA") else BASELINE)
         axis.set_yticks(range(len(scores)), list(scores))
         axis.invert_yaxis()
-        axis.set_title(f"with {target}")
+        axis.set_title(f"with {target} (grey: {label})")
         axis.set_xlabel("correlation, corrected for noise")
-        axis.legend(loc="lower left")
     return figure
 
 
@@ -134,6 +133,7 @@ def draw_deletion(
         mean_line(left, percent, values, COLOUR_OF[name], name)
     left.set_xlabel("share of the spectrogram deleted, most important first (%)")
     left.set_ylabel("word error rate (%)")
+    left.set_ylim(0, 105)
     left.legend()
     for place, (name, values) in enumerate(curves.items()):
         areas = np.trapezoid(values, np.asarray(shares), axis=1)
@@ -144,7 +144,7 @@ def draw_deletion(
     right.set_yticks(range(len(curves)), list(curves))
     right.invert_yaxis()
     right.set_xlabel("area under the curve (higher: better explanation)")
-    right.legend()
+    right.legend(loc="lower left")
     return figure
 
 
