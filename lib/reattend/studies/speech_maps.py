@@ -129,6 +129,7 @@ class Removal:
         run: positions of the encoder's output that are kept or removed together.
         bins: the first so many mel bins are removed; the recordings have nothing above.
         fill: what replaces a cell of the spectrogram: "mean" of the utterance, or its "floor".
+        batch: masks in one forward pass.
     """
 
     input_masks: int
@@ -137,6 +138,7 @@ class Removal:
     run: int
     bins: int
     fill: str = "mean"
+    batch: int = 8
 
     def filling(self, speech: Speech) -> float:
         """The value that replaces a removed cell of the spectrogram."""
@@ -211,9 +213,9 @@ def explain(
     gradient = method.gradient_times_input(model, speech, fill)[..., : removal.bins]
 
     x_masks = removal.draw_input(speech, generator)
-    x_scores = method.input_scores(model, speech, x_masks, fill).cpu()
+    x_scores = method.input_scores(model, speech, x_masks, fill, removal.batch).cpu()
     h_masks = removal.draw_output(speech, generator)
-    h_scores = method.output_scores(model, speech, h_masks).cpu()
+    h_scores = method.output_scores(model, speech, h_masks, batch=removal.batch).cpu()
     cells = method.removal_relevance(x_masks, x_scores)
     every = {
         "CA": heads.mean((0, 1)).cpu(),
