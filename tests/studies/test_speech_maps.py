@@ -118,8 +118,8 @@ def test_diagonals_are_fitted_to_the_others_alone():
     targets = [study.diagonal(*shape, 0.1, 0.8, 0.07) for shape in shapes]
     for found, target in zip(study.fitted_diagonals(targets), targets, strict=True):
         torch.testing.assert_close(found, target)
-    odd = [study.diagonal(*shapes[0], -0.2, 0.6, 0.3), *targets[1:]]
-    torch.testing.assert_close(study.fitted_diagonals(odd)[0], targets[0])
+    pair = [study.diagonal(*shapes[0], -0.2, 0.6, 0.3), targets[1]]
+    torch.testing.assert_close(study.fitted_diagonals(pair)[0], targets[0])
 
 
 def test_borrowed_maps_are_those_of_the_nearest_and_never_the_own():
