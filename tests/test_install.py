@@ -23,12 +23,10 @@ CORE_ROOMS = (
     "language_modeling",
     "long_context",
     "recommendation",
-    "theory",
-    "vision",
-    "vision_language",
     "speech",
     "theory",
     "vision",
+    "vision_language",
 )
 
 ATTACH = """
