@@ -1,7 +1,7 @@
 """Bridging the Divide: Reconsidering Softmax and Linear Attention (arXiv 2412.06590): InLine attention.
 
 Linear attention divides its scores by their sum, so queries phi(p) = alpha phi(q) get the same scores: it is
-not injective. InLine attention subtracts their mean instead (equation 4), with s = d^(-1/2):
+not injective. InLine attention subtracts their mean instead (equation 5), with s = d^(-1/2):
 
     InL(q)_j = (s / N) (phi(q) . phi(k_j) - phi(q) . mean_i phi(k_i)) + 1 / N
 
@@ -47,7 +47,7 @@ def softmax_scores(
     k: Float[Tensor, "*batch keys dim"],
     visible: Bool[Tensor, "queries keys"] | None = None,
 ) -> Float[Tensor, "*batch queries keys"]:
-    """exp(s q . k_j) / sum_i exp(s q . k_i), over the visible keys (equation 1)."""
+    """exp(s q . k_j) / sum_i exp(s q . k_i), over the visible keys."""
     logits = q.shape[-1] ** -0.5 * q @ k.mT
     return (logits if visible is None else logits.masked_fill(~visible, -torch.inf)).softmax(-1)
 
@@ -57,7 +57,7 @@ def linear_scores(
     k: Float[Tensor, "*batch keys dim"],
     visible: Bool[Tensor, "queries keys"] | None = None,
 ) -> Float[Tensor, "*batch queries keys"]:
-    """q . k_j / sum_i q . k_i, over the visible keys: normalised by division (equation 2)."""
+    """q . k_j / sum_i q . k_i, over the visible keys: normalised by division."""
     products = q @ k.mT if visible is None else q @ k.mT * visible
     return products / (products.sum(-1, keepdim=True) + SMALLEST)
 
@@ -67,7 +67,7 @@ def inline_scores(
     k: Float[Tensor, "*batch keys dim"],
     visible: Bool[Tensor, "queries keys"] | None = None,
 ) -> Float[Tensor, "*batch queries keys"]:
-    """(s / N) (q . k_j - mean_i q . k_i) + 1 / N, over the visible keys: by subtraction (equation 4)."""
+    """(s / N) (q . k_j - mean_i q . k_i) + 1 / N, over the visible keys: by subtraction (equation 5)."""
     count = k.shape[-2] if visible is None else visible.sum(-1, keepdim=True).to(q)
     products = q.shape[-1] ** -0.5 / count * q @ k.mT
     if visible is None:
@@ -102,7 +102,7 @@ def inline_attention(
     k: Float[Tensor, "*batch keys dim"],
     v: Float[Tensor, "*batch keys value_dim"],
 ) -> Float[Tensor, "*batch queries value_dim"]:
-    """(s / N) q (K^T V) + (1 - s q . mean k) mean v: `inline_scores` times v, linear in N (equation 5)."""
+    """(s / N) q (K^T V) + (1 - s q . mean k) mean v: `inline_scores` times v, linear in N."""
     scale = q.shape[-1] ** -0.5
     each = (scale / k.shape[-2]) ** 0.5  # on both sides, so that sums over many tokens stay small
     state = (k * each).mT @ (v * each)
@@ -115,7 +115,7 @@ def linear_attention(
     k: Float[Tensor, "*batch keys dim"],
     v: Float[Tensor, "*batch keys value_dim"],
 ) -> Float[Tensor, "*batch queries value_dim"]:
-    """q (K^T V) / (q . sum k): `linear_scores` times v, linear in N (equation 3)."""
+    """q (K^T V) / (q . sum k): `linear_scores` times v, linear in N."""
     return q @ (k.mT @ v) / (q @ k.sum(-2, keepdim=True).mT + SMALLEST)
 
 
@@ -172,7 +172,7 @@ def local_residual(
 ) -> Float[Tensor, "batch height width channels"]:
     """Every value replaced by the sum of its 3 x 3 neighbourhood, weighted by its picture's and channel's kernel.
 
-    One grouped convolution with batch x channels groups; zeros outside the map (the last term of equation 6).
+    One grouped convolution with batch x channels groups; zeros outside the map (section on local modelling).
     """
     batch, height, width, channels = v.shape
     maps = v.movedim(-1, 1).reshape(1, batch * channels, height, width)
