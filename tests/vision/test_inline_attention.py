@@ -136,6 +136,13 @@ def test_scale_is_that_of_the_published_code():
     close(inline_scores(q, k), torch.tensor([[0.5 + 1.5, 0.5 - 1.5]]))
 
 
+def test_linear_attention_divides_by_the_signed_sum():
+    q, k, _ = (x.detach() for x in tensors())
+    products = q @ k.mT
+    close(linear_scores(q, k), products / (products.sum(-1, keepdim=True) + 1e-6))
+    assert (products < 0).any()
+
+
 # Invariances ----------------------------------------------------------------------------------------
 
 
