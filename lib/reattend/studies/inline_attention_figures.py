@@ -151,9 +151,11 @@ def draw_neighbours(
         rises: arm -> rise of the loss by seed when the neighbours, or as many others, are hidden.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
-    for arm, values in mass.items():
-        style = "--" if "residual" in arm or "identity" in arm else "-"
-        mean_curve(left, np.arange(1, values.shape[1] + 1), values, colour_of(arm), arm, style)
+    for number, (arm, values) in enumerate(mass.items()):
+        places = np.arange(1, values.shape[1] + 1) + 0.04 * (number - len(mass) / 2)
+        style = ":" if "residual" in arm else "--" if "identity" in arm else "-"
+        left.plot(places, values.mean(0), style, color=colour_of(arm), lw=1.8, label=arm)
+        left.plot(places, values.T, "o", color=colour_of(arm), ms=3.5, alpha=0.5)
     left.axhline(even, color="black", ls=":", lw=1, label="all keys alike")
     left.set_xticks(range(1, values.shape[1] + 1))
     left.set(xlabel="layer", ylabel="share of |weight| on the 3 x 3 neighbourhood")
