@@ -70,7 +70,7 @@ MAIN = tuple(ARMS)[:11]
 SETTINGS = {
     "smoke": Setting(DeiTSize(8, 2, 2, 32, 8), MAIN, 8, 3, 3e-3, 3, 60, 40),
     "cpu": Setting(DeiTSize(48, 2, 2, 32, 4), MAIN, 32, 700, 3e-3, 4, 50_000, 2000),
-    "gpu": Setting(DeiTSize(96, 4, 3, 32, 4), tuple(ARMS), 256, 3000, 1e-3, 6, 50_000, 10_000),
+    "gpu": Setting(DeiTSize(96, 4, 3, 32, 4), tuple(ARMS), 256, 1000, 1e-3, 4, 50_000, 10_000),
 }
 
 
