@@ -1,12 +1,13 @@
 """Rows that walk on tables of their own, and what counting in them achieves."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Generator
 
-from reattend.data.row_language import RowLanguage, best_counts_nats, counts_nats
+from reattend.data.row_language import RowLanguage, best_counts_nats, counts_nats, fresh_rows
 
 KINDS = ((1.0,), (0.5, 0.5), (0.4, 0.3, 0.1, 0.1, 0.05, 0.05))
 
@@ -74,3 +75,12 @@ def test_counting_beats_chance_and_stays_above_the_entropy():
 def test_bad_languages_are_refused(chances, message):
     with pytest.raises(ValueError, match=message):
         RowLanguage(3, 9, chances)
+
+
+def test_rows_never_come_again_and_seeds_differ():
+    language = RowLanguage(8, 24)
+    rows = torch.cat(list(itertools.islice(fresh_rows(language, 4, 0, drawn=8), 6)))
+    assert len(rows.unique(dim=0)) == 24
+    again, other = (next(fresh_rows(language, 4, seed, drawn=8)) for seed in (0, 1))
+    assert torch.equal(again, rows[:4])
+    assert not torch.equal(other, rows[:4])

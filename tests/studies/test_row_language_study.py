@@ -1,13 +1,11 @@
 """Training and scoring on the row language."""
 
-import itertools
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from reattend.data.row_language import RowLanguage
-from reattend.studies.row_language import fresh_rows, learn_rows, nats_by_position, second_half
+from reattend.studies.row_language import learn_rows, nats_by_position, second_half
 from reattend.training.loop import TrainingPlan, decay_matrices
 from reattend.trunks.language import Trunk
 from reattend.trunks.mixers import SoftmaxAttention, TokenShift
@@ -18,14 +16,6 @@ LANGUAGE = RowLanguage(8, 24)
 def small(seed=0):
     torch.manual_seed(seed)
     return Trunk(8, 16, [lambda w: TokenShift(SoftmaxAttention(w, 2), w, learned=False)])
-
-
-def test_rows_never_come_again_and_seeds_differ():
-    rows = torch.cat(list(itertools.islice(fresh_rows(LANGUAGE, 4, 0, drawn=8), 6)))
-    assert len(rows.unique(dim=0)) == 24
-    again, other = (next(fresh_rows(LANGUAGE, 4, seed, drawn=8)) for seed in (0, 1))
-    assert torch.equal(again, rows[:4])
-    assert not torch.equal(other, rows[:4])
 
 
 def test_nats_are_the_cross_entropy_of_each_next_token():

@@ -5,8 +5,9 @@ table. Nothing is to be learned about the tokens; what follows one can only be r
 before in the same row. So attention matters, and a model that mixes no tokens stays near chance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from jaxtyping import Float, Int
@@ -79,6 +80,14 @@ class RowLanguage:
     def entropy(self) -> float:
         """Nats of a prediction that knows the table, for tokens equally often."""
         return torch.special.entr(self.transitions).sum(-1).mean().item()
+
+
+def fresh_rows(
+    language: RowLanguage, batch: int, seed: int, drawn: int = 1024
+) -> Iterator[Int[Tensor, "batch length"]]:
+    """Batches of rows that never come again; `drawn` rows are made at a time."""
+    for part in count((seed + 1) * 10**6):
+        yield from language.draw(drawn // batch * batch, part).split(batch)
 
 
 def counts_nats(

@@ -1,6 +1,6 @@
 """Small language models on the row language: trained on fresh rows, scored in nats by position."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,17 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reattend.data.row_language import RowLanguage
+from reattend.data.row_language import RowLanguage, fresh_rows
 from reattend.training.loop import TrainingLog, TrainingPlan, train
 from reattend.trunks.language import Trunk
-
-
-def fresh_rows(
-    language: RowLanguage, batch: int, seed: int, drawn: int = 1024
-) -> Iterator[Int[Tensor, "batch length"]]:
-    """Batches of rows that never come again; `drawn` rows are made at a time."""
-    for part in range(10**6):
-        yield from language.draw(drawn // batch * batch, (seed + 1) * 10**6 + part).split(batch)
 
 
 def next_token_loss(model: Trunk, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, ""]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from reattend.backbones.store import backbone_path
 from reattend.backbones.trained.transnormer import spread_rows, streams, text_loss
-from reattend.data.row_language import RowLanguage
+from reattend.data.row_language import RowLanguage, fresh_rows
 from reattend.data.word_tokens import random_windows
 from reattend.language_modeling.selective_attention import (
     SelectiveAttention,
@@ -238,17 +237,10 @@ def text_streams(entries: int) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " to
     return streams(entries)
 
 
-def _fresh_rows(setting: Setting, seed: int) -> Iterator[Int[Tensor, "batch length"]]:
-    """Rows that never come again, drawn a thousand at a time."""
-    rows = 1024 // setting.batch * setting.batch
-    for part in count((seed + 1) * 10**6):
-        yield from setting.language.draw(rows, part).split(setting.batch)
-
-
 def batches(setting: Setting, seed: int) -> Iterator[Int[Tensor, "batch length"]]:
     """What models of one seed are trained on, in the same order for all arms."""
     if setting.corpus == "rows":
-        return _fresh_rows(setting, seed)
+        return fresh_rows(setting.language, setting.batch, seed)
     stream, _ = text_streams(setting.shape.vocabulary)
     generator = torch.Generator().manual_seed(1000 + seed)
     return random_windows(stream, setting.batch, setting.shape.length + 1, generator)

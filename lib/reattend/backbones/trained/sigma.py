@@ -7,10 +7,8 @@ token) and, of one seed, the same rows in the same order and the same initial we
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from reattend.backbones.store import backbone_path
-from reattend.data.row_language import RowLanguage
+from reattend.data.row_language import RowLanguage, fresh_rows
 from reattend.language_modeling.sigma import DiffQKVAttention
 from reattend.training.loop import TrainingPlan, decay_matrices, train
 from reattend.trunks.language import GatedFeedForward, Trunk, labelled_loss
@@ -155,13 +153,6 @@ def untrained(arm: str, setting: Setting, seed: int) -> Trunk:
     return model
 
 
-def fresh_rows(setting: Setting, seed: int) -> Iterator[Int[Tensor, "batch length"]]:
-    """Batches of rows that never come again, the same for all arms of a seed."""
-    drawn = 1024 // setting.batch * setting.batch
-    for part in count((seed + 1) * 10**6):
-        yield from setting.language.draw(drawn, part).split(setting.batch)
-
-
 def next_token_loss(model: Trunk, rows: Int[Tensor, "batch length"]) -> Float[Tensor, ""]:
     """Mean nats of every next token."""
     return labelled_loss(model, rows[:, :-1], rows[:, 1:])
@@ -173,7 +164,7 @@ def fit(
     """A trained model of one arm, and the loss of every step."""
     model = untrained(arm, setting, seed).to(device)
     torch.manual_seed(seed)  # of the placebo's draws
-    rows = (batch.to(device) for batch in fresh_rows(setting, seed))
+    rows = (batch.to(device) for batch in fresh_rows(setting.language, setting.batch, seed))
     log = train(model, rows, next_token_loss, setting.plan(arm), groups=decay_matrices)
     return model, torch.tensor(log.losses)
 
