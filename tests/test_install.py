@@ -56,7 +56,9 @@ assert 0 < method.density("decode") < 1, method.density("decode")
 def test_the_core_is_light(root):
     names = {Requirement(line).name for line in project(root)["dependencies"]}
     assert names == CORE
-    assert len(closure(CORE)) < 60
+    # A build of torch for CUDA brings its libraries in distributions of their own.
+    own = [n for n in closure(CORE) if not n.startswith(("nvidia-", "cuda-", "triton"))]
+    assert len(own) < 60
 
 
 def test_a_method_attaches_in_an_environment_of_the_core_alone(root, tmp_path):
