@@ -20,6 +20,7 @@ CORE = {"jaxtyping", "numpy", "safetensors", "scipy", "torch", "transformers"}
 CORE_ROOMS = (
     "attention",
     "trunks",
+    "generation",
     "language_modeling",
     "long_context",
     "recommendation",

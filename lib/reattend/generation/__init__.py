@@ -1,0 +1,1 @@
+"""Attention in generative models of pictures; one module per paper."""
