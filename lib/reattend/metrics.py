@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -53,6 +53,22 @@ def ranks_of_answers(scores: Float[Tensor, "queries candidates"]) -> Int[Tensor,
     """
     right = scores.diagonal()[:, None]
     return (scores >= right).sum(1)
+
+
+def ranks_of_first_right(
+    scores: Float[Tensor, "queries candidates"], right: Bool[Tensor, "queries candidates"]
+) -> Int[Tensor, " queries"]:
+    """Rank from 1 of the best-placed right candidate of each query; ties with wrong ones count against it.
+
+    `ranks_of_answers` for queries that may have several right candidates.
+
+    Raises:
+        ValueError: for a query without a right candidate.
+    """
+    if not right.any(1).all():
+        raise ValueError("a query has no right candidate, so that none has a rank")
+    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    return 1 + ((scores >= best) & ~right).sum(1)
 
 
 def ndcg(ranks: Int[Tensor, " queries"], k: int = 10) -> Float[Tensor, " queries"]:

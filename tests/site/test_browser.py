@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 webdriver = pytest.importorskip("selenium.webdriver")
-PAGES = ("index.html", "methods.html", "papers/judged.html", "papers/waiting.html")
+PAGES = ("index.html", "methods.html", "models.html", "papers/judged.html", "papers/waiting.html")
 NOTEBOOKS = ("notebooks/judged.html", "notebooks/waiting.html")
 WIDTHS = (400, 1280)
 CONTRAST = 4.5  # of text against what is behind it: WCAG 2.2, level AA

@@ -7,8 +7,10 @@ import subprocess
 from xml.etree import ElementTree
 
 import pytest
+from markupsafe import escape
 
 from reattend.attention.registry import METHODS
+from reattend.backbones.store import catalogue
 from reattend.evidence.samples import Points
 from reattend.findings import STATES, Table
 from reattend.pipeline.report import papers_of
@@ -187,7 +189,7 @@ def test_a_paper_that_has_not_run_says_so(site):
 
 def test_pages_link_to_nothing_that_is_missing(site):
     pages = sorted(site.rglob("*.html"))
-    assert len(pages) == 6
+    assert len(pages) == 7
     for page in pages:
         for link in re.findall(r'(?:href|src)="([^"#:]+)(?:#[^"]*)?"', page.read_text()):
             assert (page.parent / link).is_file(), f"{page.name}: {link}"
@@ -202,6 +204,19 @@ def test_every_method_has_one_line_with_settings_source_and_limits(site):
     assert "lib/reattend/long_context/flexprefill.py" in lines["flexprefill"]
     assert "(required)" in lines["seer_attention"]
     assert "new tokens" in lines["quest"]
+
+
+def test_shared_models_are_listed_and_a_report_is_shown(site):
+    page = (site / "models.html").read_text()
+    for name, backbone in catalogue().items():
+        assert f">{name}</" in page
+        assert str(escape(backbone.about)) in page
+    sections = re.findall(r'<section id="(\w+)">(.*?)</section>', page, re.DOTALL)
+    assert [name for name, _ in sections] == ["mae"]
+    assert "<figcaption>Table 1. Scores</figcaption>" in sections[0][1]
+    assert "83.93" in sections[0][1]
+    assert 'src="figures/backbones/mae/cpu/figure1.png"' in sections[0][1]
+    assert 'width="640" height="200"' in sections[0][1]
 
 
 def test_a_failed_build_leaves_the_site_that_was_there(checkout, tmp_path, monkeypatch):

@@ -109,6 +109,7 @@ def make(root: Path) -> Path:
         write_paper(root, record(slug))
     write_run(root, "judged", "cpu", effect=0.25, n=8)
     write_run(root, "judged", "gpu", effect=3.0, n=40)
+    write_model_report(root, "mae", "cpu")
     write_report(root)
     return root
 
@@ -151,14 +152,26 @@ def write_run(root: Path, slug: str, profile: str, effect: float, n: int) -> Non
     }
     evidence = {key: points(sample, unit) for key, (sample, unit) in samples.items()}
     (home / "evidence.csv").write_text(evidence_csv(evidence))
-    captions = [["figure1", "Figure 1. A curve"], ["table1", "Table 1. Scores"]]
-    (home / "results.json").write_text(json.dumps({"captions": captions}))
+    write_pictures(home)
     facts = {
         "seconds": 12.4,
         "device": "a machine",
         "timing_evidence": evidence_rows(evidence, True),
     }
     (home / "run.json").write_text(json.dumps(facts))
+
+
+def write_model_report(root: Path, name: str, profile: str) -> None:
+    """What `reattend build` leaves of a model that reports on itself."""
+    home = root / "figures" / "backbones" / name / profile
+    home.mkdir(parents=True)
+    write_pictures(home)
+
+
+def write_pictures(home: Path) -> None:
+    """A table and a figure with their captions."""
+    captions = [["figure1", "Figure 1. A curve"], ["table1", "Table 1. Scores"]]
+    (home / "results.json").write_text(json.dumps({"captions": captions}))
     (home / "table1.csv").write_text("method,score\ndense,83.92857\ntoy,84.1\n")
     Image.new("RGB", (640, 200), "white").save(home / "figure1.png")
 

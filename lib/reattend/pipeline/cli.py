@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     fetch = add("fetch", _fetch, "fetch and verify assets (default: all that the papers need)")
     fetch.add_argument("names", nargs="*", metavar="asset")
 
-    build = add("build", _build, "build backbones (default: all that the papers need)")
+    build = add(
+        "build", _build, "build backbones and their reports (default: all that the papers need)"
+    )
     build.add_argument("names", nargs="*", metavar="backbone")
     build.add_argument("--profile", help="smoke, cpu or gpu (default: that of params.yaml)")
 
@@ -257,6 +259,7 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
+    from reattend.backbones.reports import write_report
     from reattend.backbones.store import build, catalogue
     from reattend.pipeline.graph import load_records, needed_backbones
     from reattend.pipeline.manifests import write_backbone_manifest
@@ -272,8 +275,9 @@ def _build(options: argparse.Namespace) -> None:
     _check_names("backbone", names, catalogue())
     for name in names:
         build(name, profile)
+        report = write_report(name, profile, root)
         write_backbone_manifest(root, name, profile)
-        print(f"{name}: ready")
+        print(f"{name}: ready" + (f", report in {report.relative_to(root)}" if report else ""))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Build the site: an index, a page a paper, its notebook, and the methods that attach to a model.
+"""Build the site: an index, a page a paper, its notebook, the methods that attach to a model, shared models.
 
 Everything a page needs lies inside the site; no page asks another host for anything.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jinja2
@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from reattend.assets.store import fetch
 from reattend.attention.registry import methods
+from reattend.backbones.reports import read_reports
 from reattend.evidence.verdicts import plural
 from reattend.findings import (
     NOT_RUN,
@@ -48,12 +49,14 @@ def build_site(
     """
     fresh = target.with_name(f".{target.name}-new")
     shutil.rmtree(fresh, ignore_errors=True)
-    papers = read_papers(root, records)
+    papers, models = read_papers(root, records), read_reports(root)
     _assets(fresh / "assets")
-    _results(root, papers, fresh / "figures")
+    runs = [run for shown in (*papers, *models) for run in shown.runs.values()]
+    _results(root, runs, fresh / "figures")
     pages = _Pages(fresh, papers)
     pages.write("index.html", "index.html", count=count_line(papers))
     pages.write("methods.html", "methods.html", methods=methods())
+    pages.write("models.html", "models.html", models=models)
     changes = histories(root)
     for paper in papers:
         slug = paper.record.slug
@@ -122,13 +125,11 @@ def _assets(target: Path) -> None:
         shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
 
 
-def _results(root: Path, papers: list[Paper], target: Path) -> None:
+def _results(root: Path, runs: Iterable[Run], target: Path) -> None:
     """The pictures and tables of all runs, under the paths that they have in the repository."""
-    for paper in papers:
-        for run in paper.runs.values():
-            copy = target / run.directory.relative_to(root / "figures")
-            ignored = shutil.ignore_patterns("*.json")
-            shutil.copytree(run.directory, copy, ignore=ignored)
+    for run in runs:
+        copy = target / run.directory.relative_to(root / "figures")
+        shutil.copytree(run.directory, copy, ignore=shutil.ignore_patterns("*.json"))
 
 
 def _notebooks(root: Path, papers: list[Paper], pages: _Pages) -> None:
