@@ -5,7 +5,13 @@ import pytest
 import torch
 from sklearn.metrics import ndcg_score
 
-from reattend.metrics import ndcg, pseudo_values, ranks_of_answers, spearman
+from reattend.metrics import (
+    ndcg,
+    pseudo_values,
+    ranks_of_answers,
+    ranks_of_first_right,
+    spearman,
+)
 
 
 def test_spearman_by_hand():
@@ -17,6 +23,16 @@ def test_spearman_by_hand():
 def test_ranks_count_ties_against_the_answer():
     scores = torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.5, 0.4], [0.3, 0.2, 0.1]])
     assert ranks_of_answers(scores).tolist() == [1, 2, 3]
+
+
+def test_the_best_placed_right_candidate_has_the_rank():
+    scores = torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.5, 0.4], [0.3, 0.2, 0.1]])
+    right = torch.tensor([[0, 1, 1], [1, 0, 1], [1, 1, 1]]).bool()
+    assert ranks_of_first_right(scores, right).tolist() == [2, 2, 1]
+    own = torch.eye(3, dtype=torch.bool)
+    assert torch.equal(ranks_of_first_right(scores, own), ranks_of_answers(scores))
+    with pytest.raises(ValueError, match="no right candidate"):
+        ranks_of_first_right(scores, own & right)
 
 
 def test_pseudo_values_of_a_mean_are_the_values_and_of_a_ratio_have_its_spread():

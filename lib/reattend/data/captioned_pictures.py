@@ -114,7 +114,7 @@ def captioned_pictures(size: int = 112, limit: int | None = None) -> CaptionedPi
 
 def plain_words(text: str) -> str:
     """A caption in lower case with nothing but words: "Lemon_(Whole) 2" becomes "lemon whole"."""
-    return " ".join(re.findall(r"[^\W\d_]+", re.sub(r"(?<=\w)'s?\b", "", text.lower())))
+    return " ".join(re.findall(r"[^\W\d_]+", re.sub(r"(?<=\w)['’]s?\b", "", text.lower())))
 
 
 def concepts_of(captions: Sequence[str], *others: Sequence[Hashable]) -> tuple[str, ...]:
@@ -165,21 +165,19 @@ def clip_art_titles(limit: int | None = None) -> dict[str, str]:
     paths = (path.relative_to(pictures).as_posix() for path in pictures.rglob("*.png"))
     names = sorted(path.removesuffix(".png") for path in paths)
     found = {name: _title(drawings / f"{name}.svg") for name in names}
-    found = {
-        name: title
-        for name, (title, keywords) in found.items()
-        if not name.startswith(SERIES)
-        and says_what_it_shows(title, [*keywords, *name.split("/")[:-1]])
-    }
-    often = Counter(map(plain_words, found.values()))
-    kept: dict[str, list[str]] = {}
-    for name, title in found.items():
+    often = Counter(plain_words(title) for title, _ in found.values())
+    kept: dict[str, dict[str, str]] = {}
+    for name, (title, keywords) in found.items():
+        folder, filed_under = name.split("/")[0], [*keywords, *name.split("/")[:-1]]
         if (
-            often[plain_words(title)] <= MOST_OF_A_TITLE
+            not name.startswith(SERIES)
+            and often[plain_words(title)] <= MOST_OF_A_TITLE
+            and says_what_it_shows(title, filed_under)
             and _pixels(pictures / f"{name}.png") <= MOST_PIXELS
+            and len(kept.setdefault(folder, {})) != limit
         ):
-            kept.setdefault(name.split("/")[0], []).append(name)
-    return {name: found[name] for names in kept.values() for name in names[:limit]}
+            kept[folder][name] = title
+    return {name: title for titles in kept.values() for name, title in titles.items()}
 
 
 def _title(path: Path) -> tuple[str, list[str]]:

@@ -26,19 +26,21 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Float16, Int, UInt8
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reattend.backbones.features import extract
+from reattend.backbones.features import cached_tokens
 from reattend.backbones.pretrained.minilm import load as load_minilm
 from reattend.backbones.pretrained.vit import hidden_states
 from reattend.backbones.pretrained.vit import load as load_vit
 from reattend.backbones.reports import Page
 from reattend.backbones.store import backbone_path
-from reattend.data.captioned_pictures import LITTLE, SOURCES, captioned_pictures
+from reattend.data.captioned_pictures import LITTLE, SOURCES, CaptionedPictures, captioned_pictures
+from reattend.data.images import patch_coverage
 from reattend.evidence.intervals import resampled
 from reattend.evidence.statistics import difference_of_ratios, ratio_of_sums
 from reattend.metrics import ranks_of_first_right
@@ -120,7 +122,7 @@ class Heads(nn.Module):
         """1 / temperature, at most 100."""
         return self.log_scale.clamp(max=math.log(100)).exp()
 
-    def standardise_by(self, **states: Float[Tensor, "rows 384"]) -> None:
+    def standardise_by(self, **states: Float[Tensor, "_ 384"]) -> None:
         """Set mean and spread of the channels of "cls", "patch" and "word" to those of some states."""
         for kind, rows in states.items():
             getattr(self, f"{kind}_mean").copy_(rows.mean(0))
@@ -215,14 +217,14 @@ def build(target: Path, profile: str) -> None:
 def see_pictures(
     pixels: UInt8[Tensor, "pictures 3 height width"], size: int, device: str | torch.device = "cpu"
 ) -> Float16[Tensor, "pictures tokens 384"]:
-    """[CLS] and patch tokens of pictures as the maps take them."""
+    """[CLS] and patch tokens of pictures as the maps take them; those of the same pictures come from the cache."""
     model = load_vit(device)
     model.encoder.layer = model.encoder.layer[:LAYER]  # the layers above are of no use here
 
     def encode(part: Tensor) -> Tensor:
         return hidden_states(model, part.to(device), [LAYER], size)
 
-    return extract(encode, pixels, "pictures through the ViT")[0]
+    return cached_tokens(model, encode, pixels, [LAYER], size, "pictures through the ViT")[0]
 
 
 def read_captions(captions: Sequence[str]) -> tuple[Tokens, CachedStates]:
@@ -322,7 +324,7 @@ class Gallery:
 
 
 def gallery(kept: CaptionedTokens, split: str) -> Gallery:
-    """All pictures of a split and their captions, each once; with held-out drawings all captions of the training side."""
+    """All pictures of a split and their captions, each once; those of "vendor" among all captions of training."""
     pictures = kept.indices(split)
     known = kept.indices("train") if split == "vendor" else pictures
     captions = torch.cat([kept.caption_of[pictures], kept.caption_of[known]]).unique()
@@ -525,71 +527,72 @@ def word_cosines(
 
 
 def draw_patches(
-    heads: Heads,
-    kept: CaptionedTokens,
-    pixels: UInt8[Tensor, "pictures 3 size size"],
-    columns: int = 6,
+    heads: Heads, kept: CaptionedTokens, shown: CaptionedPictures, columns: int = 6
 ) -> Figure:
-    """Twelve stamps of the test side, drawn at random, each with the word that every patch prefers."""
+    """Twelve stamps of the test side, drawn at random, with the word that each patch on the object prefers."""
     tokenizer = load_minilm()[0]
-    figure, axes = plt.subplots(4, columns, figsize=(1.75 * columns, 7.6))
-    shown = []
-    for picture in np.random.default_rng(0).permutation(kept.indices("test")):
+    chosen = []
+    for picture in np.random.default_rng(0).permutation(kept.indices("test")).tolist():
         pieces = tokenizer.convert_ids_to_tokens(kept.ids[kept.caption_of[picture]])
         words = telling_words(pieces)
         if kept.sources[picture] == "stamp" and 2 <= len(words) <= 4:
-            shown.append((int(picture), words))
-    for number, (picture, words) in enumerate(shown[: 2 * columns]):
-        row, column = divmod(number, columns)
-        image = pixels[picture].permute(1, 2, 0).numpy()
-        best = word_cosines(heads, kept, picture, words).argmax(1)
-        side = math.isqrt(len(best))
-        for axis in axes[2 * row : 2 * row + 2, column]:
-            axis.imshow(image)
-        colours = np.array([to_rgb(COLOURS[word]) for word in best]).reshape(side, side, 3)
-        axis.imshow(colours, alpha=0.6, extent=axis.get_images()[0].get_extent())
-        axes[2 * row, column].set_title(kept.captions[kept.caption_of[picture]], fontsize=7)
-        for place, word in enumerate(words):
-            axis.text(
-                *((place + 0.5) / len(words), 1.04),
-                word,
-                color=COLOURS[place],
-                fontsize=7,
-                weight="bold",
-                ha="center",
-                transform=axis.transAxes,
-            )
+            chosen.append((picture, words))
+    figure, axes = plt.subplots(4, columns, figsize=(1.75 * columns, 7.6))
     for axis in axes.flat:
         axis.axis("off")
+    for number, (picture, words) in enumerate(chosen[: 2 * columns]):
+        row, column = divmod(number, columns)
+        above, below = axes[2 * row : 2 * row + 2, column]
+        best = word_cosines(heads, kept, picture, words).argmax(1)
+        _show(above, shown, picture)
+        above.set_title(shorten(shown.captions[picture], 30, placeholder=" …"), fontsize=7)
+        _show(below, shown, picture)
+        _paint_patches(below, best, shown.alpha[picture])
+        for place, word in enumerate(words):
+            style = {"color": COLOURS[place], "weight": "bold", "fontsize": 7, "ha": "center"}
+            below.text((place + 0.5) / len(words), 1.04, word, transform=below.transAxes, **style)
     return figure
+
+
+def _show(axis: Axes, shown: CaptionedPictures, picture: int) -> None:
+    axis.imshow(shown.pixels[picture].permute(1, 2, 0).numpy())
+
+
+def _paint_patches(
+    axis: Axes, best: Int[Tensor, " patches"], alpha: UInt8[Tensor, "size size"]
+) -> None:
+    """Lay the colour of the preferred word over each patch that the object covers to a tenth."""
+    side = math.isqrt(len(best))
+    covered = patch_coverage(alpha[None], side)[0] > 0.1
+    painted = [(*to_rgb(COLOURS[w]), 0.65 * float(c)) for w, c in zip(best, covered, strict=True)]
+    extent = axis.get_images()[0].get_extent()
+    axis.imshow(np.array(painted).reshape(side, side, 4), extent=extent)
 
 
 def draw_found(
     kept: CaptionedTokens,
     scores: Float[Tensor, "pictures captions"],
-    pixels: UInt8[Tensor, "pictures 3 size size"],
+    shown: CaptionedPictures,
     columns: int = 6,
 ) -> Figure:
-    """Three pictures of each source, drawn at random on the test side, with the captions that the model puts first."""
-    asked, order = gallery(kept, "test"), np.random.default_rng(1)
+    """Three pictures of each source, drawn at random on the test side, with the captions that are put first."""
+    asked = gallery(kept, "test")
     ranks = found_ranks(scores, asked)[0]
-    places = order.permutation(len(asked.pictures)).tolist()
+    order = np.random.default_rng(1).permutation(len(asked.pictures)).tolist()
     sources = [kept.sources[i] for i in asked.pictures]
-    chosen = [i for source in SOURCES for i in [p for p in places if sources[p] == source][:3]]
+    chosen = [i for source in SOURCES for i in [p for p in order if sources[p] == source][:3]]
     figure, axes = plt.subplots(2, columns, figsize=(1.9 * columns, 5.6))
     for axis in axes.flat:
         axis.axis("off")
     for axis, place in zip(axes.flat, chosen, strict=False):
-        picture = asked.pictures[place]
-        axis.imshow(pixels[picture].permute(1, 2, 0).numpy())
-        axis.set_title(
-            f"{shorten(kept.captions[kept.caption_of[picture]], 28, placeholder=' …')}: {ranks[place]}",
-            fontsize=7,
-        )
-        for line, caption in enumerate(scores[place].topk(3).indices):
-            hit = bool(asked.right[place, caption])
-            text = shorten(kept.captions[asked.captions[caption]], 30, placeholder=" …")
-            style = {"color": COLOURS[0], "weight": "bold"} if hit else {}
+        picture = int(asked.pictures[place])
+        _show(axis, shown, picture)
+        caption = shorten(shown.captions[picture], 28, placeholder=" …")
+        axis.set_title(f"{caption}: {ranks[place]}", fontsize=7)
+        for line, number in enumerate(scores[place].topk(3).indices):
+            text = shorten(kept.captions[asked.captions[number]], 30, placeholder=" …")
+            right = bool(asked.right[place, number])
+            style = {"color": COLOURS[0], "weight": "bold"} if right else {}
             axis.text(0, -0.09 - 0.11 * line, text, fontsize=7, transform=axis.transAxes, **style)
     return figure
 
@@ -614,15 +617,16 @@ def report(page: Page, profile: str) -> None:
         source_table(kept, scores["test"]["model"]),
         "Recall of captions never seen, by the source of the picture",
     )
-    pixels = captioned_pictures(setting.size, setting.limit).pixels
+    shown = captioned_pictures(setting.size, setting.limit)
     page.figure(
         "patches",
-        draw_patches(heads["paired"], kept, pixels),
-        "Twelve stamps with captions never seen, drawn at random, and the word of its caption that each patch prefers",
+        draw_patches(heads["paired"], kept, shown),
+        "Twelve stamps with captions never seen, drawn at random, and the word of its caption that each patch "
+        "on the object prefers",
     )
     page.figure(
         "found",
-        draw_found(kept, scores["test"]["model"], pixels),
-        f"Three pictures of each source drawn at random: their caption and its rank among {len(galleries['test'].captions)}, and "
-        "the three captions put first (the right one in bold)",
+        draw_found(kept, scores["test"]["model"], shown),
+        "Three pictures of each source drawn at random: their caption and its rank among "
+        f"{len(galleries['test'].captions)}, and the three captions put first (the right one in bold)",
     )

@@ -1,0 +1,320 @@
+"""The small CLIP: what its maps compute, that training finds what there is to find, and what the report counts."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from reattend.assets.store import AssetError
+from reattend.backbones.reports import write_report
+from reattend.backbones.trained import clip
+from reattend.backbones.trained.clip import (
+    SETTINGS,
+    CaptionedTokens,
+    Gallery,
+    Guesses,
+    Heads,
+    Setting,
+    chance,
+    cosines,
+    dealt_out,
+    fit,
+    found_ranks,
+    gallery,
+    hits_by_concept,
+    read_captions,
+    see_pictures,
+    telling_words,
+    word_cosines,
+)
+from reattend.trunks.encoders import CachedStates
+
+PATCHES, WORDS = 9, 5
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def trained_heads(joint=7):
+    """Maps of double precision with means and spreads of their own."""
+    torch.manual_seed(0)
+    heads = Heads(joint)
+    heads.standardise_by(
+        cls=3 + 2 * random(50, 384), patch=random(50, 384, seed=1) - 1, word=5 * random(50, 384)
+    )
+    return heads
+
+
+def toy(concepts=60, seed=0) -> CaptionedTokens:
+    """Two pictures of each concept, whose caption is a rotation of what the pictures have in common."""
+    hidden = random(concepts, 8, seed=seed)
+    to_picture, to_caption = random(8, 384, seed=1), random(8, 384, seed=2)
+    caption_of = torch.arange(concepts).repeat(2)
+    seen = (hidden @ to_picture)[caption_of][:, None].repeat(1, 1 + PATCHES, 1)
+    seen = seen + random(2 * concepts, 1 + PATCHES, 384, seed=3)
+    said = (hidden @ to_caption)[:, None].repeat(1, WORDS, 1)
+    mask = torch.arange(WORDS) < (2 + torch.arange(concepts) % 4)[:, None]
+    names = tuple(f"c{i:03}" for i in range(concepts))
+    sides = ["train"] * (2 * concepts // 3) + ["test"] * (concepts - 2 * concepts // 3)
+    splits = [*sides, *(["vendor"] * 3), *sides[3:]]
+    return CaptionedTokens(
+        seen.half(),
+        CachedStates(said.half(), mask),
+        torch.zeros(concepts, WORDS, dtype=torch.long),
+        caption_of,
+        names,
+        names * 2,
+        ("google",) * concepts + ("twitter",) * concepts,
+        tuple(splits),
+    )
+
+
+# The maps -----------------------------------------------------------------------------------------
+
+
+def test_all_rows_have_length_one():
+    heads, tokens = trained_heads(), random(4, 1 + PATCHES, 384)
+    words = CachedStates(random(3, WORDS, 384), torch.ones(3, WORDS, dtype=torch.bool))
+    for rows in (
+        heads.picture_tokens(tokens),
+        heads.word_tokens(words.states),
+        heads.pictures(tokens),
+        heads.captions(words),
+    ):
+        torch.testing.assert_close(rows.norm(dim=-1), torch.ones(rows.shape[:-1]))
+    assert heads.picture_tokens(tokens).shape == (4, 1 + PATCHES, 7)
+
+
+def test_a_picture_is_the_direction_of_cls_and_the_mean_of_its_patches():
+    heads, tokens = trained_heads().double(), random(4, 1 + PATCHES, 384).double()
+    # By hand: standardise, map, add; the mean of mapped patches is the map of their mean.
+    cls = (tokens[:, 0] - heads.cls_mean) / heads.cls_spread @ heads.cls.weight.T + heads.cls.bias
+    patches = (tokens[:, 1:] - heads.patch_mean) / heads.patch_spread @ heads.patch.weight.T
+    wanted = F.normalize(cls + patches.mean(1), dim=-1)
+    torch.testing.assert_close(
+        heads.float().pictures(tokens.float()).double(), wanted, atol=1e-5, rtol=0
+    )
+    joint = heads.picture_tokens(tokens.float()).double()
+    torch.testing.assert_close(joint[:, 0], F.normalize(cls, dim=-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(joint[:, 1:], F.normalize(patches, dim=-1), atol=1e-5, rtol=0)
+
+
+def test_a_caption_is_the_direction_of_the_mean_of_its_real_words():
+    heads = trained_heads()
+    states, mask = random(3, WORDS, 384), torch.arange(WORDS) < torch.tensor([[2], [5], [3]])
+    found = heads.captions(CachedStates(states, mask))
+    torch.testing.assert_close(
+        found[0], heads.word_tokens(states[:1, :2].mean(1, keepdim=True))[0, 0]
+    )
+    padded = states.masked_fill(~mask[..., None], 77.0)
+    torch.testing.assert_close(heads.captions(CachedStates(padded, mask)), found)
+
+
+def test_channels_are_standardised_by_the_given_states():
+    heads, states = Heads(384), 3 + 2 * random(100, 384)
+    heads.standardise_by(cls=states)
+    with torch.no_grad():
+        heads.cls.weight.copy_(torch.eye(384))
+        heads.cls.bias.zero_()
+    mapped = heads._mapped("cls", states)
+    torch.testing.assert_close(mapped.mean(0), torch.zeros(384), atol=1e-5, rtol=0)
+    torch.testing.assert_close(mapped.std(0), torch.ones(384), atol=1e-4, rtol=0)
+
+
+def test_the_scale_is_a_hundred_at_most():
+    heads = Heads(4)
+    assert heads.scale.item() == pytest.approx(20)
+    heads.log_scale.data.fill_(9.0)
+    assert heads.scale.item() == pytest.approx(100)
+
+
+# The tokens ---------------------------------------------------------------------------------------
+
+
+def test_tokens_lie_in_the_order_of_the_patches(tmp_path, monkeypatch):
+    monkeypatch.setattr("reattend.backbones.features.cache_directory", lambda: tmp_path)
+    side, places = 4, (0, 3, 6, 9, 13)
+    pixels = torch.full((1 + len(places), 3, 56, 56), 255, dtype=torch.uint8)
+    for number, place in enumerate(places, 1):
+        row, column = divmod(place, side)
+        pixels[number, :, 14 * row : 14 * row + 14, 14 * column : 14 * column + 14] = 0
+    try:
+        tokens = see_pictures(pixels, 56).float()
+    except AssetError as error:
+        pytest.skip(str(error))
+    assert tokens.shape == (6, 1 + side**2, 384)
+    changed = (tokens[1:, 1:] - tokens[0, 1:]).norm(dim=-1).argmax(1)
+    assert changed.tolist() == list(places)
+
+
+def test_a_caption_is_read_alike_alone_and_among_longer_ones():
+    try:
+        pieces, words = read_captions(["a red car", "a very small boat on a large lake"])
+    except AssetError as error:
+        pytest.skip(str(error))
+    alone = read_captions(["a red car"])[1].states
+    assert pieces.mask.sum(1).tolist() == [5, 10]
+    torch.testing.assert_close(words.states[0, :5].float(), alone[0].float(), atol=2e-3, rtol=0)
+    assert torch.equal(words.mask, pieces.mask)
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def test_every_concept_is_dealt_the_caption_of_another():
+    concepts = ["a", "b", "b", "c", "d", "d", "e"]
+    caption_of = torch.tensor([0, 1, 2, 3, 4, 4, 5])
+    for seed in range(5):
+        dealt = dealt_out(caption_of, concepts, seed)
+        assert len({*dealt.tolist()}) == 5  # each concept's first caption is given away once
+        assert dealt[1] == dealt[2]
+        own = {
+            name: {int(caption_of[i]) for i, c in enumerate(concepts) if c == name}
+            for name in concepts
+        }
+        assert all(int(d) not in own[c] for d, c in zip(dealt, concepts, strict=True))
+
+
+def test_training_finds_unseen_captions_and_the_placebo_does_not():
+    kept, setting = toy(120), Setting(42, None, 16, 64, 60, 3e-3, 0.0)
+    asked = gallery(kept, "test")
+    first = {}
+    for arm in ("paired", "shuffled"):
+        heads, losses = fit(arm, setting, kept)
+        assert losses[-1] < losses[0]
+        ranks = found_ranks(cosines(heads, kept, asked), asked)
+        first[arm] = [(r == 1).double().mean().item() for r in ranks]
+    assert min(first["paired"]) > 0.9
+    assert max(first["shuffled"]) < 0.25
+
+
+def test_training_looks_at_nothing_but_the_training_side():
+    kept, setting = toy(), Setting(42, None, 8, 32, 3, 1e-3, 0.1)
+    outside = torch.tensor([split != "train" for split in kept.splits])
+    other = replace(kept, tokens=kept.tokens.masked_fill(outside[:, None, None], 9.0))
+    unseen = sorted(
+        set(kept.caption_of[outside].tolist()) - set(kept.caption_of[~outside].tolist())
+    )
+    states = kept.words.states.clone()
+    states[unseen] = 9.0
+    other = replace(other, words=CachedStates(states, kept.words.mask))
+    one, two = (fit("paired", setting, k)[0].state_dict() for k in (kept, other))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# What the report counts ---------------------------------------------------------------------------
+
+
+def test_a_gallery_holds_each_caption_once_and_training_captions_beside_held_out_drawings():
+    kept = toy(6)  # captions 0 to 3 are on the training side
+    test, vendor = gallery(kept, "test"), gallery(kept, "vendor")
+    assert test.pictures.tolist() == [4, 5, 10, 11]
+    assert test.captions.tolist() == [4, 5]
+    assert test.right.int().tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
+    assert test.concepts == (("c004", "c005", "c004", "c005"), ("c004", "c005"))
+    assert vendor.pictures.tolist() == [6, 7, 8]
+    assert vendor.captions.tolist() == [0, 1, 2, 3]
+    assert vendor.concepts[1] == ("c000", "c001", "c002")
+    assert str(vendor) == "3 pictures, 4 captions"
+
+
+def test_ranks_both_ways_by_hand():
+    right = torch.tensor([[1, 0, 0], [1, 0, 0], [0, 1, 0]]).bool()
+    asked = Gallery(torch.arange(3), torch.arange(3), right, (("x", "x", "y"), ("x", "y")))
+    scores = torch.tensor([[0.2, 0.5, 0.9], [0.8, 0.1, 0.1], [0.3, 0.3, 0.1]])
+    captions, pictures = found_ranks(scores, asked)
+    assert captions.tolist() == [3, 1, 2]  # a tie counts against
+    assert pictures.tolist() == [1, 2]  # the third caption has no picture
+
+
+def test_hits_are_counted_by_concept():
+    hits = hits_by_concept(torch.tensor([1, 7, 2, 1]), ["b", "a", "b", "b"], k=1)
+    assert hits["a"].tolist() == [0, 200]
+    assert hits["b"].tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_chance_is_the_mean_over_all_orders(k):
+    right = torch.tensor([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]]).bool()
+    right[3] = torch.tensor([False, True, False])
+    right[2] = torch.tensor([True, False, False])
+    found = []
+    for order in itertools.permutations(range(4)):
+        first = right[list(order[:k])].any(0)[:2]
+        found.append(first.double().mean().item())
+    asked = Gallery(torch.arange(4), torch.arange(3), right, ((), ()))
+    captions, pictures = chance(asked, k)
+    assert pictures == pytest.approx(100 * np.mean(found))
+    assert captions == pytest.approx(100 * min(k, 3) / 3)
+
+
+def test_guesses_recover_a_linear_relation_and_copies():
+    kept = toy(120)
+    guesses, asked = Guesses(kept), gallery(kept, "test")
+    ranks = found_ranks(guesses.least_squares(asked, 100.0), asked)[0]
+    assert (ranks == 1).double().mean() > 0.9
+    held_out = gallery(kept, "vendor")
+    tokens = kept.tokens.clone()
+    tokens[held_out.pictures] = tokens[
+        kept.caption_of[held_out.pictures]
+    ]  # the other drawing itself
+    copies = Guesses(replace(kept, tokens=tokens)).neighbours(held_out, 0.02)
+    assert found_ranks(copies, held_out)[0].tolist() == [1, 1, 1]
+
+
+def test_words_are_joined_from_their_pieces():
+    pieces = ["[CLS]", "a", "tam", "##wor", "##th", "pig", "##let", "2", "[SEP]", "[PAD]"]
+    assert telling_words(pieces) == {"tamworth": [2, 3, 4], "piglet": [5, 6]}
+
+
+def test_a_patch_prefers_the_word_that_it_was_made_of():
+    kept, heads = toy(6), Heads(384)
+    with torch.no_grad():
+        for kind in ("patch", "word"):
+            getattr(heads, kind).weight.copy_(torch.eye(384))
+        heads.word.bias.zero_()
+    words = {"two": [1, 2], "one": [3]}
+    states = kept.words.states[0].float()
+    tokens = kept.tokens.clone()
+    states[1:4] = random(3, 384)
+    tokens[0, 1:] = states[3]
+    tokens[0, 4] = F.normalize(states[1:3], dim=-1).mean(0)
+    kept.words.states[0] = states
+    found = word_cosines(heads, replace(kept, tokens=tokens), 0, words)
+    assert found.argmax(1).tolist() == [1, 1, 1, 0, *[1] * 5]
+    assert found[3, 0].item() == pytest.approx(1, abs=1e-3)
+    assert found[0, 1].item() == pytest.approx(1, abs=1e-3)
+
+
+# The build ----------------------------------------------------------------------------------------
+
+
+def test_build_can_be_read_again_and_reports_on_itself(tmp_path, monkeypatch):
+    target = tmp_path / "clip"
+    target.mkdir()
+    try:
+        clip.build(target, "smoke")
+    except AssetError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(clip, "backbone_path", lambda name, profile: target)
+    kept, setting = clip.load_tokens("smoke"), SETTINGS["smoke"]
+    side = setting.size // 14
+    assert kept.tokens.shape == (len(kept.caption_of), 1 + side**2, 384)
+    assert kept.tokens.dtype == kept.words.states.dtype == torch.float16
+    assert len(kept.words) == len(kept.captions) == len(set(kept.captions))
+    assert len(kept.splits) == len(kept.sources) == len(kept.concepts) == len(kept.tokens)
+    again, losses = fit("paired", setting, kept)
+    assert len(losses) == setting.steps
+    for arm, same in (("paired", True), ("shuffled", False)):
+        heads = clip.load("smoke", arm=arm)
+        assert not any(p.requires_grad for p in heads.parameters())
+        assert torch.equal(heads.word.weight, again.word.weight) == same
+    directory = write_report("clip", "smoke", tmp_path)
+    assert {p.name for p in directory.iterdir()} == {
+        *("recalls.csv", "leads.csv", "sources.csv"),
+        *("patches.png", "found.png", "results.json"),
+    }
