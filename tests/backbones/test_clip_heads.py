@@ -12,6 +12,8 @@ from reattend.assets.store import AssetError
 from reattend.backbones.reports import write_report
 from reattend.backbones.trained import clip
 from reattend.backbones.trained.clip import (
+    SAID,
+    SEEN,
     SETTINGS,
     CaptionedTokens,
     Gallery,
@@ -25,6 +27,7 @@ from reattend.backbones.trained.clip import (
     found_ranks,
     gallery,
     hits_by_concept,
+    pooled,
     read_captions,
     see_pictures,
     telling_words,
@@ -44,18 +47,18 @@ def trained_heads(joint=7):
     torch.manual_seed(0)
     heads = Heads(joint)
     heads.standardise_by(
-        cls=3 + 2 * random(50, 384), patch=random(50, 384, seed=1) - 1, word=5 * random(50, 384)
+        cls=3 + 2 * random(50, SEEN), patch=random(50, SEEN, seed=1) - 1, word=5 * random(50, SAID)
     )
-    return heads
+    return heads.eval()
 
 
 def toy(concepts=60, seed=0) -> CaptionedTokens:
     """Two pictures of each concept, whose caption is a rotation of what the pictures have in common."""
     hidden = random(concepts, 8, seed=seed)
-    to_picture, to_caption = random(8, 384, seed=1), random(8, 384, seed=2)
+    to_picture, to_caption = random(8, SEEN, seed=1), random(8, SAID, seed=2)
     caption_of = torch.arange(concepts).repeat(2)
     seen = (hidden @ to_picture)[caption_of][:, None].repeat(1, 1 + PATCHES, 1)
-    seen = seen + random(2 * concepts, 1 + PATCHES, 384, seed=3)
+    seen = seen + random(2 * concepts, 1 + PATCHES, SEEN, seed=3)
     said = (hidden @ to_caption)[:, None].repeat(1, WORDS, 1)
     mask = torch.arange(WORDS) < (2 + torch.arange(concepts) % 4)[:, None]
     names = tuple(f"c{i:03}" for i in range(concepts))
@@ -77,52 +80,68 @@ def toy(concepts=60, seed=0) -> CaptionedTokens:
 
 
 def test_all_rows_have_length_one():
-    heads, tokens = trained_heads(), random(4, 1 + PATCHES, 384)
-    words = CachedStates(random(3, WORDS, 384), torch.ones(3, WORDS, dtype=torch.bool))
+    heads, tokens = trained_heads(), random(4, 1 + PATCHES, SEEN)
     for rows in (
         heads.picture_tokens(tokens),
-        heads.word_tokens(words.states),
-        heads.pictures(tokens),
-        heads.captions(words),
+        heads.word_tokens(random(3, WORDS, SAID)),
+        heads.pictures(pooled(tokens)),
+        heads.captions(random(3, SAID)),
     ):
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(rows.shape[:-1]))
     assert heads.picture_tokens(tokens).shape == (4, 1 + PATCHES, 7)
 
 
 def test_a_picture_is_the_direction_of_cls_and_the_mean_of_its_patches():
-    heads, tokens = trained_heads().double(), random(4, 1 + PATCHES, 384).double()
+    heads, tokens = trained_heads(), random(4, 1 + PATCHES, SEEN)
     # By hand: standardise, map, add; the mean of mapped patches is the map of their mean.
     cls = (tokens[:, 0] - heads.cls_mean) / heads.cls_spread @ heads.cls.weight.T + heads.cls.bias
     patches = (tokens[:, 1:] - heads.patch_mean) / heads.patch_spread @ heads.patch.weight.T
+    near = {"atol": 1e-5, "rtol": 0}
     wanted = F.normalize(cls + patches.mean(1), dim=-1)
-    torch.testing.assert_close(
-        heads.float().pictures(tokens.float()).double(), wanted, atol=1e-5, rtol=0
-    )
-    joint = heads.picture_tokens(tokens.float()).double()
-    torch.testing.assert_close(joint[:, 0], F.normalize(cls, dim=-1), atol=1e-5, rtol=0)
-    torch.testing.assert_close(joint[:, 1:], F.normalize(patches, dim=-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(heads.pictures(pooled(tokens)), wanted, **near)
+    joint = heads.picture_tokens(tokens)
+    torch.testing.assert_close(joint[:, 0], F.normalize(cls, dim=-1), **near)
+    torch.testing.assert_close(joint[:, 1:], F.normalize(patches, dim=-1), **near)
 
 
-def test_a_caption_is_the_direction_of_the_mean_of_its_real_words():
-    heads = trained_heads()
-    states, mask = random(3, WORDS, 384), torch.arange(WORDS) < torch.tensor([[2], [5], [3]])
-    found = heads.captions(CachedStates(states, mask))
-    torch.testing.assert_close(
-        found[0], heads.word_tokens(states[:1, :2].mean(1, keepdim=True))[0, 0]
-    )
-    padded = states.masked_fill(~mask[..., None], 77.0)
-    torch.testing.assert_close(heads.captions(CachedStates(padded, mask)), found)
+def test_a_caption_of_one_word_is_that_word():
+    heads, means = trained_heads(), random(3, SAID)
+    torch.testing.assert_close(heads.captions(means), heads.word_tokens(means[:, None])[:, 0])
+
+
+def test_padding_and_other_captions_do_not_change_a_score():
+    kept, heads = toy(), trained_heads()
+    asked = gallery(kept, "test")
+    scores = cosines(heads, kept, asked)
+    padded = kept.words.states.masked_fill(~kept.words.mask[..., None], 77.0)
+    other = replace(kept, words=CachedStates(padded, kept.words.mask))
+    torch.testing.assert_close(cosines(heads, other, asked), scores)
+    picture, caption = pooled(kept.tokens[asked.pictures[3:4]]), int(asked.captions[2])
+    real = kept.words.states[caption, : int(kept.words.mask[caption].sum())].float().mean(0)
+    alone = heads.pictures(picture)[0] @ heads.captions(real[None])[0]
+    assert scores[3, 2].item() == pytest.approx(alone.item(), abs=1e-5)
 
 
 def test_channels_are_standardised_by_the_given_states():
-    heads, states = Heads(384), 3 + 2 * random(100, 384)
+    heads, states = Heads(SEEN), 3 + 2 * random(100, SEEN)
     heads.standardise_by(cls=states)
     with torch.no_grad():
-        heads.cls.weight.copy_(torch.eye(384))
+        heads.cls.weight.copy_(torch.eye(SEEN))
         heads.cls.bias.zero_()
     mapped = heads._mapped("cls", states)
-    torch.testing.assert_close(mapped.mean(0), torch.zeros(384), atol=1e-5, rtol=0)
-    torch.testing.assert_close(mapped.std(0), torch.ones(384), atol=1e-4, rtol=0)
+    torch.testing.assert_close(mapped.mean(0), torch.zeros(SEEN), atol=1e-5, rtol=0)
+    torch.testing.assert_close(mapped.std(0), torch.ones(SEEN), atol=1e-4, rtol=0)
+
+
+def test_channels_are_left_out_in_training_alone():
+    torch.manual_seed(0)
+    heads, states = Heads(SAID, dropped=0.25), torch.ones(40, SAID)
+    with torch.no_grad():
+        heads.word.weight.copy_(torch.eye(SAID))
+        heads.word.bias.zero_()
+    left_out = (heads.word_tokens(states[:, None]) == 0).double().mean().item()
+    assert left_out == pytest.approx(0.25, abs=0.02)
+    assert (heads.eval().word_tokens(states[:, None]) != 0).all()
 
 
 def test_the_scale_is_a_hundred_at_most():
@@ -135,8 +154,7 @@ def test_the_scale_is_a_hundred_at_most():
 # The tokens ---------------------------------------------------------------------------------------
 
 
-def test_tokens_lie_in_the_order_of_the_patches(tmp_path, monkeypatch):
-    monkeypatch.setattr("reattend.backbones.features.cache_directory", lambda: tmp_path)
+def test_tokens_lie_in_the_order_of_the_patches():
     side, places = 4, (0, 3, 6, 9, 13)
     pixels = torch.full((1 + len(places), 3, 56, 56), 255, dtype=torch.uint8)
     for number, place in enumerate(places, 1):
@@ -146,7 +164,7 @@ def test_tokens_lie_in_the_order_of_the_patches(tmp_path, monkeypatch):
         tokens = see_pictures(pixels, 56).float()
     except AssetError as error:
         pytest.skip(str(error))
-    assert tokens.shape == (6, 1 + side**2, 384)
+    assert tokens.shape == (6, 1 + side**2, SEEN)
     changed = (tokens[1:, 1:] - tokens[0, 1:]).norm(dim=-1).argmax(1)
     assert changed.tolist() == list(places)
 
@@ -180,7 +198,7 @@ def test_every_concept_is_dealt_the_caption_of_another():
 
 
 def test_training_finds_unseen_captions_and_the_placebo_does_not():
-    kept, setting = toy(120), Setting(42, None, 16, 64, 60, 3e-3, 0.0)
+    kept, setting = toy(120), Setting(42, None, 16, 64, 60, 3e-3, 0.0, 0.0)
     asked = gallery(kept, "test")
     first = {}
     for arm in ("paired", "shuffled"):
@@ -193,7 +211,7 @@ def test_training_finds_unseen_captions_and_the_placebo_does_not():
 
 
 def test_training_looks_at_nothing_but_the_training_side():
-    kept, setting = toy(), Setting(42, None, 8, 32, 3, 1e-3, 0.1)
+    kept, setting = toy(), Setting(42, None, 8, 32, 3, 1e-3, 0.1, 0.5)
     outside = torch.tensor([split != "train" for split in kept.splits])
     other = replace(kept, tokens=kept.tokens.masked_fill(outside[:, None, None], 9.0))
     unseen = sorted(
@@ -272,19 +290,18 @@ def test_words_are_joined_from_their_pieces():
 
 
 def test_a_patch_prefers_the_word_that_it_was_made_of():
-    kept, heads = toy(6), Heads(384)
+    kept, heads = toy(6), Heads(SAID)
     with torch.no_grad():
-        for kind in ("patch", "word"):
-            getattr(heads, kind).weight.copy_(torch.eye(384))
+        heads.patch.weight.copy_(torch.eye(SAID, SEEN))
+        heads.word.weight.copy_(torch.eye(SAID))
         heads.word.bias.zero_()
     words = {"two": [1, 2], "one": [3]}
-    states = kept.words.states[0].float()
-    tokens = kept.tokens.clone()
-    states[1:4] = random(3, 384)
-    tokens[0, 1:] = states[3]
-    tokens[0, 4] = F.normalize(states[1:3], dim=-1).mean(0)
-    kept.words.states[0] = states
-    found = word_cosines(heads, replace(kept, tokens=tokens), 0, words)
+    states, tokens = kept.words.states.clone(), kept.tokens.clone()
+    states[0, 1:4] = random(3, SAID).half()
+    tokens[0, 1:, :SAID] = states[0, 3]
+    tokens[0, 4, :SAID] = F.normalize(states[0, 1:3].float(), dim=-1).mean(0).half()
+    kept = replace(kept, tokens=tokens, words=CachedStates(states, kept.words.mask))
+    found = word_cosines(heads, kept, 0, words)
     assert found.argmax(1).tolist() == [1, 1, 1, 0, *[1] * 5]
     assert found[3, 0].item() == pytest.approx(1, abs=1e-3)
     assert found[0, 1].item() == pytest.approx(1, abs=1e-3)
@@ -303,7 +320,7 @@ def test_build_can_be_read_again_and_reports_on_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(clip, "backbone_path", lambda name, profile: target)
     kept, setting = clip.load_tokens("smoke"), SETTINGS["smoke"]
     side = setting.size // 14
-    assert kept.tokens.shape == (len(kept.caption_of), 1 + side**2, 384)
+    assert kept.tokens.shape == (len(kept.caption_of), 1 + side**2, SEEN)
     assert kept.tokens.dtype == kept.words.states.dtype == torch.float16
     assert len(kept.words) == len(kept.captions) == len(set(kept.captions))
     assert len(kept.splits) == len(kept.sources) == len(kept.concepts) == len(kept.tokens)

@@ -5,6 +5,8 @@ What is trained are linear maps of both into one space, contrastively (CLIP, 210
 twice in a batch share their target. A picture is the direction of A cls + B mean(patches), a caption that of
 C mean(words). Both are sums over tokens, so that B patch and C word can be compared too.
 
+Layers, dropout, batch and width were chosen on another random split of the same pictures.
+
 `report` measures retrieval on pictures whose captions were not seen in training, and on drawings held out of
 emoji whose captions were.
 
@@ -33,7 +35,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reattend.backbones.features import cached_tokens
+from reattend.backbones.features import extract
 from reattend.backbones.pretrained.minilm import load as load_minilm
 from reattend.backbones.pretrained.vit import hidden_states
 from reattend.backbones.pretrained.vit import load as load_vit
@@ -57,8 +59,9 @@ from reattend.trunks.encoders import (
     tokenise,
 )
 
-WIDTH = 384  # of both encoders
-LAYER = 10  # of the ViT: the saliency training has moved the last ones away
+# Of the ViT: the saliency training has moved the last ones away. Two layers side by side found more than one.
+LAYERS = (7, 10)
+SEEN, SAID = 384 * len(LAYERS), 384  # channels of a token of a picture and of a caption
 LONGEST = 32  # pieces of words in a caption, [CLS] and [SEP] among them
 ARMS = ("paired", "shuffled")
 """The model, and its placebo: trained alike after the captions have been dealt out anew among the concepts."""
@@ -73,6 +76,7 @@ class Setting:
         size: side of the pictures in pixels, as the ViT sees them.
         limit: pictures of each class or folder; None: all.
         rate, decay: learning rate and weight decay.
+        dropped: share of channels that training leaves out of every picture and caption at random.
     """
 
     size: int
@@ -82,6 +86,7 @@ class Setting:
     steps: int
     rate: float
     decay: float
+    dropped: float
 
     @property
     def plan(self) -> TrainingPlan:
@@ -92,9 +97,9 @@ class Setting:
 
 
 SETTINGS = {
-    "smoke": Setting(56, 2, 32, 16, 4, 1e-3, 0.1),
-    "cpu": Setting(112, None, 256, 256, 500, 1e-3, 0.1),
-    "gpu": Setting(224, None, 256, 256, 500, 1e-3, 0.1),
+    "smoke": Setting(56, 2, 32, 16, 4, 1e-3, 0.1, 0.5),
+    "cpu": Setting(112, None, 512, 512, 1000, 1e-3, 0.1, 0.5),
+    "gpu": Setting(224, None, 512, 1024, 3000, 1e-3, 0.1, 0.5),
 }
 
 
@@ -105,62 +110,67 @@ class Heads(nn.Module):
     """Linear maps of the tokens of both encoders into the joint space, after channels are standardised.
 
     `scale` is the factor of cosines in the logits, 1 / temperature: learned as its logarithm, at most 100.
+
+    Args:
+        dropped: share of standardised channels that are left out at random while training.
     """
 
-    def __init__(self, joint: int) -> None:
+    def __init__(self, joint: int, dropped: float = 0.0) -> None:
         super().__init__()
-        self.cls = nn.Linear(WIDTH, joint)
-        self.patch = nn.Linear(WIDTH, joint, bias=False)
-        self.word = nn.Linear(WIDTH, joint)
+        self.cls = nn.Linear(SEEN, joint)
+        self.patch = nn.Linear(SEEN, joint, bias=False)
+        self.word = nn.Linear(SAID, joint)
+        self.dropout = nn.Dropout(dropped)
         self.log_scale = nn.Parameter(torch.tensor(math.log(20)))
-        for kind in ("cls", "patch", "word"):
-            self.register_buffer(f"{kind}_mean", torch.zeros(WIDTH))
-            self.register_buffer(f"{kind}_spread", torch.ones(WIDTH))
+        for kind, width in (("cls", SEEN), ("patch", SEEN), ("word", SAID)):
+            self.register_buffer(f"{kind}_mean", torch.zeros(width))
+            self.register_buffer(f"{kind}_spread", torch.ones(width))
 
     @property
     def scale(self) -> Float[Tensor, ""]:
         """1 / temperature, at most 100."""
         return self.log_scale.clamp(max=math.log(100)).exp()
 
-    def standardise_by(self, **states: Float[Tensor, "_ 384"]) -> None:
+    def standardise_by(self, **states: Float[Tensor, "_ _"]) -> None:
         """Set mean and spread of the channels of "cls", "patch" and "word" to those of some states."""
         for kind, rows in states.items():
             getattr(self, f"{kind}_mean").copy_(rows.mean(0))
             getattr(self, f"{kind}_spread").copy_(rows.std(0) + 1e-6)
 
     def _mapped(
-        self, kind: str, states: Float[Tensor, "*rows 384"]
+        self, kind: str, states: Float[Tensor, "*rows channels"]
     ) -> Float[Tensor, "*rows joint"]:
         mean, spread = getattr(self, f"{kind}_mean"), getattr(self, f"{kind}_spread")
-        return getattr(self, kind)((states.float() - mean) / spread)
+        return getattr(self, kind)(self.dropout((states.float() - mean) / spread))
 
     def picture_tokens(
-        self, tokens: Float[Tensor, "pictures tokens 384"]
+        self, tokens: Float[Tensor, "pictures tokens seen"]
     ) -> Float[Tensor, "pictures tokens joint"]:
         """[CLS] and patches in the joint space, every token of length 1."""
         cls, patches = self._mapped("cls", tokens[:, :1]), self._mapped("patch", tokens[:, 1:])
         return F.normalize(torch.cat([cls, patches], 1), dim=-1)
 
     def word_tokens(
-        self, states: Float[Tensor, "captions words 384"]
+        self, states: Float[Tensor, "captions words said"]
     ) -> Float[Tensor, "captions words joint"]:
         """Words, those of padding too, in the joint space, every token of length 1."""
         return F.normalize(self._mapped("word", states), dim=-1)
 
-    def pictures(
-        self, tokens: Float[Tensor, "pictures tokens 384"]
-    ) -> Float[Tensor, "pictures joint"]:
-        """One vector of length 1 a picture."""
-        patches = tokens[:, 1:].float().mean(1)
-        return F.normalize(
-            self._mapped("cls", tokens[:, 0]) + self._mapped("patch", patches), dim=-1
-        )
+    def pictures(self, pooled: Float[Tensor, "pictures 2 seen"]) -> Float[Tensor, "pictures joint"]:
+        """One vector of length 1 a picture, from what `pooled` makes of its tokens."""
+        cls, patches = pooled.unbind(1)
+        return F.normalize(self._mapped("cls", cls) + self._mapped("patch", patches), dim=-1)
 
-    def captions(self, words: CachedStates) -> Float[Tensor, "captions joint"]:
-        """One vector of length 1 a caption."""
-        return F.normalize(
-            self._mapped("word", masked_mean(words.states.float(), words.mask)), dim=-1
-        )
+    def captions(self, means: Float[Tensor, "captions said"]) -> Float[Tensor, "captions joint"]:
+        """One vector of length 1 a caption, from the mean of its words."""
+        return F.normalize(self._mapped("word", means), dim=-1)
+
+
+def pooled(
+    tokens: Float[Tensor, "pictures tokens seen"],
+) -> Float[Tensor, "pictures 2 seen"]:
+    """[CLS] and the mean of the patches."""
+    return torch.stack([tokens[:, 0].float(), tokens[:, 1:].mean(1, dtype=torch.float32)], 1)
 
 
 @dataclass(frozen=True)
@@ -168,7 +178,7 @@ class CaptionedTokens:
     """What the frozen encoders say of all pictures and captions, in half precision.
 
     Attributes:
-        tokens: of the ViT; [CLS], then the patches row by row.
+        tokens: of the ViT; [CLS], then the patches row by row; the states after both layers side by side.
         words: of MiniLM, for each caption once; [CLS] and [SEP] are among them.
         ids: MiniLM's numbers of these pieces of words.
         caption_of: which caption each picture has.
@@ -176,7 +186,7 @@ class CaptionedTokens:
         concepts, sources, splits: of each picture, see `captioned_pictures`.
     """
 
-    tokens: Float16[Tensor, "pictures tokens 384"]
+    tokens: Float16[Tensor, "pictures tokens seen"]
     words: CachedStates
     ids: Int[Tensor, "captions words"]
     caption_of: Int[Tensor, " pictures"]
@@ -216,15 +226,16 @@ def build(target: Path, profile: str) -> None:
 
 def see_pictures(
     pixels: UInt8[Tensor, "pictures 3 height width"], size: int, device: str | torch.device = "cpu"
-) -> Float16[Tensor, "pictures tokens 384"]:
-    """[CLS] and patch tokens of pictures as the maps take them; those of the same pictures come from the cache."""
+) -> Float16[Tensor, "pictures tokens seen"]:
+    """[CLS] and patch tokens of pictures as the maps take them."""
     model = load_vit(device)
-    model.encoder.layer = model.encoder.layer[:LAYER]  # the layers above are of no use here
+    model.encoder.layer = model.encoder.layer[: max(LAYERS)]  # those above are of no use here
 
     def encode(part: Tensor) -> Tensor:
-        return hidden_states(model, part.to(device), [LAYER], size)
+        states = hidden_states(model, part.to(device), LAYERS, size)
+        return torch.cat([*states], dim=-1)[None]
 
-    return cached_tokens(model, encode, pixels, [LAYER], size, "pictures through the ViT")[0]
+    return extract(encode, pixels, "pictures through the ViT")[0]
 
 
 def read_captions(captions: Sequence[str]) -> tuple[Tokens, CachedStates]:
@@ -254,23 +265,18 @@ def fit(
 ) -> tuple[Heads, list[float]]:
     """Train the maps of one arm on the training side; the maps, and the loss of every step in nats."""
     rows = kept.indices("train")
-    tokens, caption_of = kept.tokens[rows].to(device), kept.caption_of[rows]
+    seen, caption_of = pooled(kept.tokens[rows]).to(device), kept.caption_of[rows]
+    said = masked_mean(kept.words.states.float(), kept.words.mask).to(device)
+    torch.manual_seed(0)
+    heads = Heads(setting.joint, setting.dropped).to(device)
+    heads.standardise_by(cls=seen[:, 0], patch=seen[:, 1], word=said[caption_of])
     if arm == "shuffled":
         caption_of = dealt_out(caption_of, [kept.concepts[i] for i in rows], seed=0)
-    words = CachedStates(kept.words.states.to(device), kept.words.mask.to(device))
-    torch.manual_seed(0)
-    heads = Heads(setting.joint).to(device)
-    heads.standardise_by(
-        cls=tokens[:, 0].float(),
-        patch=tokens[:, 1:].flatten(0, 1).float(),
-        word=masked_mean(words.states.float(), words.mask)[caption_of.to(device)],
-    )
 
     def loss(heads: Heads, index: Tensor) -> Tensor:
         chosen = caption_of[index]
-        cosines = heads.pictures(tokens[index]) @ heads.captions(words[chosen]).T
-        targets = shared_targets(chosen).to(device)
-        return symmetric_info_nce(heads.scale * cosines, heads.scale * cosines, targets)
+        logits = heads.scale * heads.pictures(seen[index]) @ heads.captions(said[chosen]).T
+        return symmetric_info_nce(logits, logits, shared_targets(chosen).to(device))
 
     batches = index_batches(len(rows), min(setting.batch, len(rows)), seed=0)
     log = train(heads, batches, loss, setting.plan, groups=decay_matrices)
@@ -362,8 +368,9 @@ def cosines(
     heads: Heads, kept: CaptionedTokens, asked: Gallery
 ) -> Float[Tensor, "pictures captions"]:
     """The model's scores."""
-    pictures = torch.cat([heads.pictures(kept.tokens[i]) for i in asked.pictures.split(512)])
-    return pictures @ heads.captions(kept.words[asked.captions]).T
+    words = kept.words[asked.captions]
+    captions = heads.captions(masked_mean(words.states.float(), words.mask))
+    return heads.pictures(pooled(kept.tokens[asked.pictures])) @ captions.T
 
 
 class Guesses:
@@ -377,7 +384,7 @@ class Guesses:
     PENALTIES = (1e2, 1e3, 1e4, 1e5)
 
     def __init__(self, kept: CaptionedTokens) -> None:
-        seen = torch.cat([kept.tokens[:, 0].float(), kept.tokens[:, 1:].float().mean(1)], 1)
+        seen = pooled(kept.tokens).flatten(1)
         said = F.normalize(masked_mean(kept.words.states.float(), kept.words.mask), dim=-1)
         self._train = kept.indices("train")
         said = said - said[kept.caption_of[self._train]].mean(0)
