@@ -9,29 +9,31 @@ import torch
 from torch.nn import functional as F
 
 from reattend.assets.store import AssetError
-from reattend.backbones.reports import write_report
+from reattend.backbones.reports.clip import (
+    Gallery,
+    Guesses,
+    chance,
+    cosines,
+    found_ranks,
+    gallery,
+    hits_by_concept,
+    telling_words,
+    word_cosines,
+)
+from reattend.backbones.reports.page import write_report
 from reattend.backbones.trained import clip
 from reattend.backbones.trained.clip import (
     SAID,
     SEEN,
     SETTINGS,
     CaptionedTokens,
-    Gallery,
-    Guesses,
     Heads,
     Setting,
-    chance,
-    cosines,
     dealt_out,
     fit,
-    found_ranks,
-    gallery,
-    hits_by_concept,
     pooled,
     read_captions,
     see_pictures,
-    telling_words,
-    word_cosines,
 )
 from reattend.trunks.encoders import CachedStates
 

@@ -259,7 +259,7 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    from reattend.backbones.reports import write_report
+    from reattend.backbones.reports.page import write_report
     from reattend.backbones.store import build, catalogue
     from reattend.pipeline.graph import load_records, needed_backbones
     from reattend.pipeline.manifests import write_backbone_manifest

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 from reattend.assets.store import fetch
 from reattend.attention.registry import methods
-from reattend.backbones.reports import read_reports
+from reattend.backbones.reports.page import read_reports
 from reattend.evidence.verdicts import plural
 from reattend.findings import (
     NOT_RUN,

@@ -1,8 +1,8 @@
-"""How good a shared model is: tables and figures that its module makes of what was built.
+"""How good a shared model is: tables and figures of what was built, kept like those of a paper's run.
 
-A module of `trained/` may have, beside `build` and `load`, a function `report(page, profile)`. `build` does not
-call it, so it is no part of the recipe: another figure trains nothing. `reattend build NAME` calls it and keeps
-what it makes in figures/backbones/NAME/PROFILE, as a paper's run is kept; the site shows it.
+A model may have a module of its name beside this one with a function `report(page, profile)`. `reattend build
+NAME` calls it and keeps what it makes in figures/backbones/NAME/PROFILE; the site shows it. It is no part of the
+model's recipe: another figure trains nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import json
 import shutil
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from reattend.backbones.store import Backbone, catalogue, find_backbone
+from reattend.backbones.store import Backbone, catalogue
 from reattend.findings import PROFILES, Run
 from reattend.plots import save_png
 from reattend.project import results_directory
@@ -51,13 +52,14 @@ class Page:
 
 
 def write_report(name: str, profile: str, root: Path) -> Path | None:
-    """Make the report of a model that is built; the directory, or None where its module has no report.
+    """Make the report of a model that is built; the directory, or None where the model has none.
 
     The report that was there is replaced as a whole, once all of the new one is written.
     """
-    module = importlib.import_module(find_backbone(name).module)
-    if not hasattr(module, "report"):
+    place = f"reattend.backbones.reports.{name}"
+    if find_spec(place) is None:
         return None
+    module = importlib.import_module(place)
     target = results_directory(root, FAMILY, name, profile)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{profile}-") as scratch:

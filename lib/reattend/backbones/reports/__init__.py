@@ -1,0 +1,1 @@
+"""Shared models measured by themselves: one module a model, and what keeps and reads the reports."""
