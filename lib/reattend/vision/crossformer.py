@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -466,6 +466,7 @@ class CrossFormer(nn.Module):
         merges: kernels of the embeddings between stages.
         intervals: of LDA, by stage.
         ratio: hidden width of the MLPs / width.
+        std: of the truncated normal from which linear layers start.
         attention: of every block; LSDA with groups of 7 x 7 when None.
     """
 
@@ -480,6 +481,7 @@ class CrossFormer(nn.Module):
         merges: Sequence[int] = (2, 4),
         intervals: Sequence[int] = (8, 4, 2, 1),
         ratio: int = 4,
+        std: float = 0.02,
         attention: AttentionFactory | None = None,
     ) -> None:
         super().__init__()
@@ -502,21 +504,27 @@ class CrossFormer(nn.Module):
             self.layers.append(Stage(blocks, None if last else PatchMerging(wide, merges)))
         self.norm = ChannelNorm(wide)
         self.head = nn.Linear(wide, classes)
-        self.apply(_initialise)
+        self.apply(partial(_initialise, std=std))
+
+    def features(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch outputs rows columns"]:
+        """The map after the last stage and its norm."""
+        x = self.patch_embed(images)
+        for stage in self.layers:
+            x = stage(x)
+        return self.norm(x)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch classes"]:
-        x = self.patch_embed(images)
-        for stage in self.layers:
-            x = stage(x)
-        return self.head(self.norm(x).mean((2, 3)))
+        return self.head(self.features(images).mean((2, 3)))
 
 
-def _initialise(module: nn.Module) -> None:
-    """Linear layers start from a truncated normal of 0.02, without bias; others as torch has them."""
+def _initialise(module: nn.Module, std: float) -> None:
+    """Linear layers start from a truncated normal (within 2), without bias; others as torch has them."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
         nn.init.zeros_(module.bias)
 
 
