@@ -27,7 +27,7 @@ def test_arms_of_one_seed_share_their_start_and_seeds_do_not():
         for arm in FLAT if reference == "LSDA" else ("one kernel", "one wide kernel"):
             state = untrained(arm, SMOKE, 3).state_dict()
             shared = [n for n in first if n in state and state[n].shape == first[n].shape]
-            assert {"head.weight", "layers.0.blocks.1.mlp.fc1.weight"} <= set(shared)
+            assert {"head.weight", "layers.0.blocks.0.mlp.fc1.weight"} <= set(shared)
             for name in shared:
                 assert torch.equal(state[name], first[name]), (arm, name)
         other = untrained(reference, SMOKE, 4).state_dict()
@@ -41,12 +41,13 @@ def test_arms_are_what_their_names_say():
         "random groups": (GroupAttention, RandomGroupAttention),
     }
     kernels = {"CEL": [4, 8, 16, 32], "one wide kernel": [14]}
-    bias = {"table": PositionTable, "no bias": type(None)}
+    bias = {"table": PositionTable, "fast table": PositionTable, "no bias": type(None)}
     for arm in ARMS:
         model = untrained(arm, SMOKE, 0)
         found = [block.attn for block in model.layers[0].blocks]
-        assert tuple(map(type, found)) == second.get(arm, (GroupAttention, GroupAttention)), arm
-        if arm not in second:
+        usual = (GroupAttention, GroupAttention) if arm in FLAT else (GroupAttention,)
+        assert tuple(map(type, found)) == second.get(arm, usual), arm
+        if arm in FLAT and arm not in second:
             assert [a.interval for a in found] == ([1, 1] if arm == "SDA only" else [1, 2])
         assert len(model.layers) == (1 if arm in FLAT else 2)
         for attention in found:
@@ -54,6 +55,17 @@ def test_arms_are_what_their_names_say():
         sides = [convolve.kernel_size[0] for convolve in model.patch_embed.projs]
         assert sides == kernels.get(arm, [4])
         assert model.patch_embed.projs[0].stride == (STRIDE, STRIDE)
+
+
+def test_tables_have_a_learning_rate_of_their_own():
+    for arm, rate in {"table": 1, "fast table": 10}.items():
+        model = untrained(arm, SMOKE, 0)
+        decayed, rest, tables = build.groups_of(model, ARMS[arm])
+        assert [p.shape for p in tables["params"]] == [(1, 7, 7)] * 2
+        assert (tables["rate"], tables["weight_decay"], rest["weight_decay"]) == (rate, 0, 0)
+        count = sum(len(group["params"]) for group in (decayed, rest, tables))
+        assert count == len(list(model.parameters()))
+    assert build.groups_of(untrained("LSDA", SMOKE, 0), ARMS["LSDA"])[2]["params"] == []
 
 
 def test_costs_of_compared_arms():
@@ -75,7 +87,8 @@ def test_random_deals_differ_by_seed_and_cover_the_map():
 
 def test_every_canvas_is_read_once_at_cpu():
     cpu = SETTINGS["cpu"]
-    assert cpu.steps * cpu.batch <= cpu.train_canvases
+    for arm in ARMS.values():
+        assert cpu.plan(arm).steps * cpu.batch <= cpu.train_canvases
 
 
 def test_unknown_arms_are_refused():
@@ -94,13 +107,12 @@ def two_kinds(count=64):
 
 @pytest.mark.parametrize("arm", ["CEL", "random groups"])
 def test_training_learns_what_is_easy(arm):
-    setting = replace(SMOKE, steps=60, rate=1e-2, batch=16)
+    setting = replace(SMOKE, pyramid_steps=60, flat_steps=60, rate=1e-2, batch=16)
     _, losses = build.fit(arm, setting, *two_kinds(), seed=0)
     assert losses[-5:].mean() < 0.2 * losses[0]
 
 
 def test_arms_of_one_seed_read_the_same_pictures(monkeypatch):
-    setting = replace(SMOKE, steps=2)
     seen = {"CEL": [], "SDA only": []}
     for arm, rows in seen.items():
         monkeypatch.setattr(
@@ -108,7 +120,8 @@ def test_arms_of_one_seed_read_the_same_pictures(monkeypatch):
             "cross_entropy",
             lambda model, batch, rows=rows: rows.append(batch[0]) or model(batch[0]).square().sum(),
         )
-        build.fit(arm, setting, *two_kinds(), seed=1)
+        build.fit(arm, SMOKE, *two_kinds(), seed=1)
+    assert len(seen["CEL"]) == 2
     for left, right in zip(*seen.values(), strict=True):
         assert torch.equal(left, right)
 
@@ -120,7 +133,7 @@ def test_building_and_reading_back(tmp_path, monkeypatch):
     assert list(trained.models) == list(ARMS)
     pixels, labels = build.garment_canvases("train", setting.train_canvases, seed=0)
     for arm in ("CEL", "table", "random groups"):
-        assert trained.losses[arm].shape == (setting.seeds, setting.steps)
+        assert trained.losses[arm].shape == (setting.seeds, setting.plan(ARMS[arm]).steps)
         for seed, model in enumerate(trained.models[arm]):
             again, losses = build.fit(arm, setting, pixels, labels, seed)
             assert torch.equal(losses, trained.losses[arm][seed])

@@ -29,9 +29,9 @@ TWO_BLOCKS = {
     "SDA, LDA": ("SDA", "LDA"),
     "SDA, random groups": ("SDA", "random"),
     "SDA, shifted windows": ("SDA", "shifted"),
-    "spatial reduction": ("reduced", "reduced"),
     "SDA twice": ("SDA", "SDA"),
     "LDA twice": ("LDA", "LDA"),
+    "spatial reduction": ("reduced", "reduced"),
 }
 """What two blocks in a row do, by arm."""
 

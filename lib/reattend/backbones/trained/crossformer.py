@@ -7,6 +7,7 @@ is a loss on new pictures.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from reattend.vision.crossformer import (
     CrossFormer,
     GroupAttention,
     Layout,
+    PositionTable,
     RandomGroupAttention,
     ShiftedWindowAttention,
     SpatialReductionAttention,
@@ -52,12 +54,14 @@ class Arm:
         merges: of the merging between two stages, tokens a side; none in a network of one stage.
         second: what stands in the place of LDA; "reduced" stands in that of SDA too.
         position: of the biases.
+        table_rate: learning rate of tables of biases over that of all else.
     """
 
     kernels: tuple[int, ...] = (4,)
     merges: tuple[int, ...] = ()
     second: str = "LDA"
     position: str = "dynamic"
+    table_rate: float = 1.0
 
 
 ARMS = {
@@ -70,6 +74,7 @@ ARMS = {
     "random groups": Arm(second="random"),
     "SDA only": Arm(second="SDA"),
     "table": Arm(position="table"),
+    "fast table": Arm(position="table", table_rate=10.0),
     "no bias": Arm(position="none"),
 }
 """By name: three pyramids that differ in their embeddings, and flat networks that differ in their attention from
@@ -83,26 +88,27 @@ class Setting:
 
     pyramid: Layout
     flat: Layout
+    pyramid_steps: int
+    flat_steps: int
     batch: int
-    steps: int
     rate: float
     seeds: int
     train_canvases: int
     test_canvases: int
 
-    def plan(self) -> TrainingPlan:
+    def plan(self, arm: Arm) -> TrainingPlan:
         """AdamW with a warm-up over a fifteenth of the steps, then a cosine to zero."""
-        warmup = self.steps // 15
-        return TrainingPlan(self.steps, self.rate, weight_decay=0.05, warmup=warmup, fused=True)
+        steps = self.pyramid_steps if arm.merges else self.flat_steps
+        return TrainingPlan(steps, self.rate, weight_decay=0.05, warmup=steps // 15, fused=True)
 
 
 SETTINGS = {
-    "smoke": Setting(Layout(8, (2, 1), (1, 2)), Layout(8, (2,), (1,)), 8, 2, 4e-3, 2, 60, 40),
+    "smoke": Setting(Layout(8, (1, 1), (1, 2)), Layout(8, (2,), (1,)), 2, 2, 8, 4e-3, 2, 60, 40),
     "cpu": Setting(
-        Layout(24, (2, 1), (2, 4)), Layout(32, (2,), (2,)), 32, 400, 4e-3, 5, 12_800, 2000
+        Layout(24, (1, 1), (2, 4)), Layout(32, (2,), (2,)), 800, 400, 32, 4e-3, 5, 25_600, 2000
     ),
     "gpu": Setting(
-        Layout(64, (4, 2), (2, 4)), Layout(96, (4,), (3,)), 256, 1500, 2e-3, 6, 50_000, 10_000
+        Layout(64, (2, 2), (2, 4)), Layout(96, (4,), (3,)), 600, 600, 512, 2e-3, 4, 50_000, 10_000
     ),
 }
 
@@ -158,6 +164,15 @@ def untrained(arm: str, setting: Setting, seed: int) -> CrossFormer:
     return model
 
 
+def groups_of(model: CrossFormer, arm: Arm) -> list[dict]:
+    """Parameter groups for `train`: no decay but for matrices, and the tables' own learning rate."""
+    decayed, rest = decay_matrices(model)
+    tables = [m.table for m in model.modules() if isinstance(m, PositionTable)]
+    known = {id(table) for table in tables}
+    others = rest | {"params": [p for p in rest["params"] if id(p) not in known]}
+    return [decayed, others, rest | {"params": tables, "rate": arm.table_rate}]
+
+
 def fit(
     arm: str,
     setting: Setting,
@@ -169,7 +184,8 @@ def fit(
     """A trained network of one arm, and the loss of every step."""
     model = untrained(arm, setting, seed).to(device)
     batches = shuffled(pixels, labels, setting.batch, 1000 + seed, device)
-    log = train(model, batches, cross_entropy, setting.plan(), groups=decay_matrices)
+    groups = partial(groups_of, arm=ARMS[arm])
+    log = train(model, batches, cross_entropy, setting.plan(ARMS[arm]), groups=groups)
     return model, torch.tensor(log.losses)
 
 
