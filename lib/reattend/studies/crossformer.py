@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from reattend.backbones.trained.inline_attention import centred
 from reattend.data.images import fashion_mnist
+from reattend.studies.inline_attention import nats_and_accuracy
 from reattend.vision.crossformer import (
     CrossFormer,
     DynamicPositionBias,
@@ -124,7 +125,7 @@ def small_garments(
 
 
 @torch.no_grad()
-def nats_and_accuracy(
+def canvas_scores(
     model: CrossFormer,
     pixels: UInt8[Tensor, "items 1 height width"],
     labels: Int[Tensor, " items"],
@@ -133,15 +134,7 @@ def nats_and_accuracy(
     """Mean nats of the right class, and the share of canvases that are classified rightly in per cent."""
     device = model.head.weight.device
     logits = torch.cat([model(centred(part).to(device)).cpu() for part in pixels.split(batch)])
-    return nats_and_accuracy_of(logits, labels)
-
-
-def nats_and_accuracy_of(
-    logits: Float[Tensor, "items classes"], labels: Int[Tensor, " items"]
-) -> tuple[float, float]:
-    """The same, from logits."""
-    right = logits.argmax(1) == labels
-    return F.cross_entropy(logits, labels).item(), 100 * right.double().mean().item()
+    return nats_and_accuracy(logits, labels)
 
 
 def enlarged(
