@@ -146,7 +146,7 @@ def offset_index(size: int) -> Int[Tensor, "queries keys"]:
 
 
 class DynamicPositionBias(nn.Module):
-    """An MLP from an offset to the bias of each head (DPB, equation 3).
+    """An MLP from an offset to the bias of each head (DPB).
 
     Args:
         hidden: width of its three hidden steps.
@@ -267,7 +267,7 @@ class GroupAttention(nn.Module):
         bias: Float[Tensor, "*groups heads tokens tokens"] | None,
         seen: Bool[Tensor, "groups rows tokens"] | None = None,
     ) -> Float[Tensor, "batch groups tokens channels"]:
-        """softmax(Q K^T / sqrt(d) + B) V in every group, and the output projection (equation 2).
+        """softmax(Q K^T / sqrt(d) + B) V in every group, and the output projection (section 3.2.1).
 
         `seen` says which keys count, in one row for all queries of a group or in a row for each.
         """
