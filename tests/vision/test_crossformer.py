@@ -41,8 +41,9 @@ IDS = [f"{h}x{w}-G{g}-I{i}" for h, w, g, i in MAPS]
 
 
 @pytest.fixture(autouse=True)
-def _double():
+def _double_and_seeded():
     torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -433,8 +434,9 @@ def sources(attentions, side, token):
 @pytest.mark.parametrize(("size", "interval"), [(3, 3), (4, 3), (4, 4)])
 def test_short_then_long_reaches_every_token(size, interval):
     side = size * interval
-    short, long = (shaken(GroupAttention(4, 1, size, i, hidden=4)) for i in (1, interval))
-    shifted = shaken(ShiftedWindowAttention(4, 1, size, hidden=4))
+    # as they start: weights far from there saturate the softmax, and what is heard is lost in rounding
+    short, long = (GroupAttention(4, 1, size, i, hidden=4) for i in (1, interval))
+    shifted = ShiftedWindowAttention(4, 1, size, hidden=4)
     for token in (0, side + 1, side**2 // 2):
         assert sources([short, long], side, token).all()
         assert sources([long, long], side, token).sum() == size**2
