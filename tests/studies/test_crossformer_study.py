@@ -91,8 +91,7 @@ def test_a_token_answers_from_what_it_hears(arm):
     changed[:, :, 8:16, 24:32] = 255 - changed[:, :, 8:16, 24:32]  # token (1, 3)
     with torch.no_grad():
         moved = (model(changed) - model(pixels)).abs().amax(1)[0].flatten() > 1e-7
-    attentions = [block.attn for block in model.network.layers[0].blocks]
-    assert torch.equal(moved, sees(attentions, 4, 4)[:, 1 * 4 + 3])
+    assert torch.equal(moved, sees(layers(TWO_BLOCKS[arm], 2), 4, 4)[:, 1 * 4 + 3])
 
 
 def test_token_classifiers_of_one_seed_start_alike():
