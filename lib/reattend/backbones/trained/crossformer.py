@@ -1,0 +1,249 @@
+"""Small CrossFormers on garments at random scale and place: embeddings, groupings and biases.
+
+Arms of one seed read the same pictures in the same order; no picture comes twice at cpu, so the training loss
+is a loss on new pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from reattend.backbones.store import backbone_path
+from reattend.backbones.trained.inline_attention import SETTINGS as GARMENTS
+from reattend.backbones.trained.inline_attention import (
+    centred,
+    cross_entropy,
+    linear_classifier,
+    shuffled,
+)
+from reattend.data.garment_canvases import garment_canvases
+from reattend.data.images import FASHION_CLASSES
+from reattend.training.loop import TrainingPlan, decay_matrices, train
+from reattend.vision.crossformer import (
+    AttentionFactory,
+    CrossFormer,
+    GroupAttention,
+    Layout,
+    PositionTable,
+    RandomGroupAttention,
+    ShiftedWindowAttention,
+    SpatialReductionAttention,
+    lsda,
+)
+
+KEPT = "kept.safetensors"
+GROUP, STRIDE = 4, 4
+"""Tokens a side of a group, and pixels a side of a token."""
+INTERVALS = (2, 1)
+"""Of LDA on the maps of 8 x 8 and, in the second stage of a pyramid, 4 x 4 tokens: as the paper's of 14 and 7."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm trains.
+
+    Attributes:
+        kernels: of the embedding, pixels a side.
+        merges: of the merging between two stages, tokens a side; none in a network of one stage.
+        second: what stands in the place of LDA; "reduced" stands in that of SDA too.
+        position: of the biases.
+        table_rate: learning rate of tables of biases over that of all else.
+    """
+
+    kernels: tuple[int, ...] = (4,)
+    merges: tuple[int, ...] = ()
+    second: str = "LDA"
+    position: str = "dynamic"
+    table_rate: float = 1.0
+
+
+ARMS = {
+    "CEL": Arm((4, 8, 16, 32), (2, 4)),
+    "one kernel": Arm((4,), (2,)),
+    "one wide kernel": Arm((14,), (4,)),
+    "LSDA": Arm(),
+    "shifted windows": Arm(second="shifted"),
+    "spatial reduction": Arm(second="reduced"),
+    "random groups": Arm(second="random"),
+    "SDA only": Arm(second="SDA"),
+    "table": Arm(position="table"),
+    "fast table": Arm(position="table", table_rate=10.0),
+    "no bias": Arm(position="none"),
+}
+"""By name: three pyramids that differ in their embeddings, and flat networks that differ in their attention from
+"LSDA". "one wide kernel" and "random groups" are placebos: overlap without scales, reach without interval.
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one profile trains, all `ARMS` of it; every step reads `batch` canvases."""
+
+    pyramid: Layout
+    flat: Layout
+    pyramid_steps: int
+    flat_steps: int
+    batch: int
+    rate: float
+    seeds: int
+    train_canvases: int
+    test_canvases: int
+
+    def plan(self, arm: Arm) -> TrainingPlan:
+        """AdamW with a warm-up over a fifteenth of the steps, then a cosine to zero."""
+        steps = self.pyramid_steps if arm.merges else self.flat_steps
+        return TrainingPlan(steps, self.rate, weight_decay=0.05, warmup=steps // 15, fused=True)
+
+
+SETTINGS = {
+    "smoke": Setting(Layout(8, (1, 1), (1, 2)), Layout(8, (2,), (1,)), 2, 2, 8, 4e-3, 2, 60, 40),
+    "cpu": Setting(
+        Layout(24, (1, 1), (2, 4)), Layout(32, (2,), (2,)), 800, 400, 32, 4e-3, 5, 25_600, 2000
+    ),
+    "gpu": Setting(
+        Layout(64, (2, 2), (2, 4)), Layout(96, (4,), (3,)), 600, 600, 512, 2e-3, 4, 50_000, 10_000
+    ),
+}
+
+
+def attention_of(arm: Arm, seed: int) -> AttentionFactory:
+    """The attentions of an arm; the MLP of the bias has 8 channels."""
+    options = {"position": arm.position, "hidden": 8}
+    if arm.second == "LDA":
+        return lsda(GROUP, **options)
+
+    def make(width: int, heads: int, interval: int, block: int) -> nn.Module:
+        if arm.second == "reduced":
+            return SpatialReductionAttention(width, heads, interval, hidden=8)
+        if block % 2 == 0 or arm.second == "SDA":
+            return GroupAttention(width, heads, GROUP, **options)
+        if arm.second == "shifted":
+            return ShiftedWindowAttention(width, heads, GROUP, **options)
+        deal = {"side": GROUP * interval, "seed": 100 * seed + block}
+        return RandomGroupAttention(width, heads, GROUP, interval, **deal, **options)
+
+    return make
+
+
+def untrained(arm: str, setting: Setting, seed: int) -> CrossFormer:
+    """A network of one arm; networks of one layout and seed start with the same weights in all that they share.
+
+    Raises:
+        ValueError: for an unknown arm; lists the known ones.
+    """
+    if arm not in ARMS:
+        raise ValueError(f"unknown arm '{arm}'; there are: {', '.join(ARMS)}")
+
+    def network(of: Arm) -> CrossFormer:
+        torch.manual_seed(seed)
+        return CrossFormer(
+            setting.pyramid if of.merges else setting.flat,
+            classes=len(FASHION_CLASSES),
+            channels=1,
+            kernels=of.kernels,
+            stride=STRIDE,
+            merges=of.merges,
+            intervals=INTERVALS,
+            ratio=2,
+            std=0.1,
+            attention=attention_of(of, seed),
+        )
+
+    own = ARMS[arm]
+    model, start = network(own), network(ARMS["CEL" if own.merges else "LSDA"]).state_dict()
+    state = model.state_dict()
+    shared = {n: w for n, w in start.items() if n in state and state[n].shape == w.shape}
+    model.load_state_dict(shared, strict=False)
+    return model
+
+
+def groups_of(model: CrossFormer, arm: Arm) -> list[dict]:
+    """Parameter groups for `train`: no decay but for matrices, and the tables' own learning rate."""
+    decayed, rest = decay_matrices(model)
+    tables = [m.table for m in model.modules() if isinstance(m, PositionTable)]
+    known = {id(table) for table in tables}
+    others = rest | {"params": [p for p in rest["params"] if id(p) not in known]}
+    return [decayed, others, rest | {"params": tables, "rate": arm.table_rate}]
+
+
+def fit(
+    arm: str,
+    setting: Setting,
+    pixels: UInt8[Tensor, "items 1 height width"],
+    labels: Int[Tensor, " items"],
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> tuple[CrossFormer, Float[Tensor, " steps"]]:
+    """A trained network of one arm, and the loss of every step."""
+    model = untrained(arm, setting, seed).to(device)
+    batches = shuffled(pixels, labels, setting.batch, 1000 + seed, device)
+    groups = partial(groups_of, arm=ARMS[arm])
+    log = train(model, batches, cross_entropy, setting.plan(ARMS[arm]), groups=groups)
+    return model, torch.tensor(log.losses)
+
+
+def _file(arm: str, seed: int) -> str:
+    return f"{arm.replace(' ', '-')}-{seed}.safetensors"
+
+
+def build(target: Path, profile: str) -> None:
+    """Train all arms of a profile; write weights, losses, test canvases and what the linear classifier says."""
+    setting = SETTINGS[profile]
+    device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
+    pixels, labels = garment_canvases("train", setting.train_canvases, seed=0)
+    test, test_labels = garment_canvases("test", setting.test_canvases, seed=0)
+    linear = linear_classifier(GARMENTS[profile], pixels, labels)
+    with torch.no_grad():
+        logits = linear(centred(test))
+    kept = {"pixels": test, "labels": test_labels, "linear classifier": logits}
+    for arm in ARMS:
+        losses = []
+        for seed in range(setting.seeds):
+            model, loss = fit(arm, setting, pixels, labels, seed, device)
+            save_model(model, target / _file(arm, seed))
+            losses.append(loss)
+        kept[f"losses of {arm}"] = torch.stack(losses)
+        last = ", ".join(f"{loss[-100:].mean():.3f}" for loss in losses)
+        print(f"{arm}: {last} nats over the last 100 steps", flush=True)
+    save_file(kept, target / KEPT)
+
+
+@dataclass(frozen=True)
+class GarmentCrossFormers:
+    """Trained networks by arm, a list over seeds each, and the canvases they are asked about.
+
+    Attributes:
+        losses: training loss of every step by arm, [seeds, steps].
+        pixels, labels: test canvases.
+        linear: logits of the linear classifier on them.
+    """
+
+    models: dict[str, list[CrossFormer]]
+    losses: dict[str, Float[Tensor, "seeds steps"]]
+    pixels: UInt8[Tensor, "items 1 height width"]
+    labels: Int[Tensor, " items"]
+    linear: Float[Tensor, "items classes"]
+
+
+def load(profile: str = "cpu", device: torch.device | str = "cpu") -> GarmentCrossFormers:
+    """The networks of a profile in evaluation mode, built on first use."""
+    setting, directory = SETTINGS[profile], backbone_path("crossformer", profile)
+
+    def read(arm: str, seed: int) -> CrossFormer:
+        model = untrained(arm, setting, seed)
+        load_model(model, directory / _file(arm, seed))
+        return model.to(device).eval()
+
+    kept = load_file(directory / KEPT)
+    models = {arm: [read(arm, seed) for seed in range(setting.seeds)] for arm in ARMS}
+    losses = {arm: kept[f"losses of {arm}"] for arm in ARMS}
+    return GarmentCrossFormers(
+        models, losses, kept["pixels"], kept["labels"], kept["linear classifier"]
+    )
