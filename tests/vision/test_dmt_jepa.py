@@ -79,10 +79,14 @@ def test_wrapped_windows_take_the_opposite_border():
 
 def test_a_wider_window_has_more_slots():
     table, present = neighbour_table(7, 7, window=5)
-    assert table.shape == (49, 24) and present[24].all() and present[0].sum() == 8
+    assert table.shape == (49, 24)
+    assert present[24].all()
+    assert present[0].sum() == 8
 
 
-@pytest.mark.parametrize(("window", "wrap", "says"), [(4, False, "odd"), (1, False, "odd"), (7, True, "itself")])
+@pytest.mark.parametrize(
+    ("window", "wrap", "says"), [(4, False, "odd"), (1, False, "odd"), (7, True, "itself")]
+)
 def test_refuses_windows_that_are_none(window, wrap, says):
     with pytest.raises(ValueError, match=says):
         neighbour_table(5, 6, window, wrap)
@@ -96,7 +100,9 @@ def test_chooses_the_most_similar_neighbours_of_a_loop(seed):
     for picture in range(2):
         for patch in (0, 3, 16, 34):
             beside = table[patch][present[patch]].tolist()
-            cosine = {j: F.cosine_similarity(x[picture, patch], x[picture, j], dim=0) for j in beside}
+            cosine = {
+                j: F.cosine_similarity(x[picture, patch], x[picture, j], dim=0) for j in beside
+            }
             wanted = sorted(cosine, key=cosine.get, reverse=True)[:4]
             found = index[picture, patch][exists[picture, patch]].tolist()
             assert found == wanted
@@ -111,7 +117,7 @@ def test_a_missing_slot_is_chosen_last_whatever_its_score():
 
 def test_refuses_more_neighbours_than_slots():
     table, present = neighbour_table(3, 3)
-    with pytest.raises(ValueError, match="1..8"):
+    with pytest.raises(ValueError, match=r"1\.\.8"):
         choose_neighbours(torch.zeros(1, 9, 8), table, present, 9)
 
 
@@ -139,11 +145,15 @@ def test_equals_the_official_head_on_stored_numbers():
     official = filled(LocalAggregationHead(12, 3, wrap=True, swapped_queries=True))
     x = waves(3, 36, 12)
     found = official.targets(x, (6, 6))
-    assert found[1, [0, 17, 35], 2].tolist() == pytest.approx([0.254164, 0.253252, 0.252613], abs=2e-6)
+    assert found[1, [0, 17, 35], 2].tolist() == pytest.approx(
+        [0.254164, 0.253252, 0.252613], abs=2e-6
+    )
     assert found.square().mean().item() == pytest.approx(0.107944, abs=2e-6)
     assert found.abs().mean().item() == pytest.approx(0.271361, abs=2e-6)
     seen = official.context(x[:, :20])
-    assert seen[2, [0, 7, 19], 5].tolist() == pytest.approx([-0.543601, -0.360091, -0.510206], abs=2e-6)
+    assert seen[2, [0, 7, 19], 5].tolist() == pytest.approx(
+        [-0.543601, -0.360091, -0.510206], abs=2e-6
+    )
     assert seen.abs().mean().item() == pytest.approx(0.270647, abs=2e-6)
 
 
@@ -172,7 +182,9 @@ def test_a_target_is_what_one_query_reads_of_its_neighbours(seed):
 def test_targets_of_a_picture_do_not_depend_on_its_batch():
     x = tokens(4)
     aggregate = head()
-    assert torch.allclose(aggregate.targets(x, (5, 7))[2:3], aggregate.targets(x[2:3], (5, 7)), atol=1e-12)
+    assert torch.allclose(
+        aggregate.targets(x, (5, 7))[2:3], aggregate.targets(x[2:3], (5, 7)), atol=1e-12
+    )
 
 
 def test_the_official_pairing_mixes_pictures():
@@ -231,7 +243,9 @@ def test_in_context_one_reading_is_added_to_all_tokens():
     out = aggregate.norm(second(state, state.mean(1, keepdim=True), state))
     assert torch.allclose(aggregate.context(x), out, atol=1e-12)
     order = torch.tensor([4, 2, 8, 0, 1, 7, 3, 6, 5])
-    assert torch.allclose(aggregate.context(x[:, order]), aggregate.context(x)[:, order], atol=1e-12)
+    assert torch.allclose(
+        aggregate.context(x[:, order]), aggregate.context(x)[:, order], atol=1e-12
+    )
 
 
 def test_refuses_heads_that_do_not_divide():
@@ -244,7 +258,13 @@ def test_refuses_heads_that_do_not_divide():
 
 @pytest.mark.parametrize(
     ("side", "share", "target", "context"),
-    [(14, 0.0, (5, 6), 13), (14, 0.5, (6, 5), 13), (14, 0.75, (7, 5), 13), (14, 0.99, (8, 5), 13), (8, 0.5, (4, 3), 7)],
+    [
+        (14, 0.0, (5, 6), 13),
+        (14, 0.5, (6, 5), 13),
+        (14, 0.75, (7, 5), 13),
+        (14, 0.99, (8, 5), 13),
+        (8, 0.5, (4, 3), 7),
+    ],
 )
 def test_block_sizes_are_the_official_ones(side, share, target, context):
     masks = BlockMasks(side, side)
@@ -256,7 +276,9 @@ def test_block_sizes_are_the_official_ones(side, share, target, context):
 def test_masks_are_blocks_apart_from_a_context_of_one_size(seed):
     masks = BlockMasks(9, 7, fewest=5)
     context, targets = masks.sample(11, torch.Generator().manual_seed(seed))
-    assert targets.shape[:2] == (11, 4) and len(context) == 11 and context.shape[1] > 5
+    assert targets.shape[:2] == (11, 4)
+    assert len(context) == 11
+    assert context.shape[1] > 5
     for picture in range(11):
         hidden = set()
         for block in targets[picture]:
@@ -377,7 +399,9 @@ def test_averaged_targets_are_means_of_similar_neighbours():
     averaged.target_encoder.load_state_dict(plain.target_encoder.state_dict())
     images = waves(2, 2, 48, 48)
     x, (table, present) = plain.targets(images), neighbour_table(6, 6)
-    wanted = mean_of_chosen(x, *choose_neighbours(neighbour_similarity(x, table), table, present, 4))
+    wanted = mean_of_chosen(
+        x, *choose_neighbours(neighbour_similarity(x, table), table, present, 4)
+    )
     assert torch.allclose(averaged.targets(images), wanted, atol=1e-12)
     assert not torch.allclose(averaged.targets(images, torch.rand(2, 36, 8).double()), wanted)
 
@@ -418,7 +442,10 @@ def test_the_target_side_is_a_moving_average_of_the_trained_one(momentum):
     shaken(model.encoder, 1), shaken(model.head, 2)
     pairs = [(model.encoder, model.target_encoder), (model.head, model.target_head)]
     wanted = [
-        [momentum * old + (1 - momentum) * new for new, old in zip(a.parameters(), b.parameters(), strict=True)]
+        [
+            momentum * old + (1 - momentum) * new
+            for new, old in zip(a.parameters(), b.parameters(), strict=True)
+        ]
         for a, b in pairs
     ]
     model.update_targets(momentum)
@@ -428,7 +455,9 @@ def test_the_target_side_is_a_moving_average_of_the_trained_one(momentum):
 
 
 def test_momentum_rises_on_a_line():
-    assert [momentum_at(step, 4, 0.6) for step in range(5)] == pytest.approx([0.6, 0.7, 0.8, 0.9, 1.0])
+    assert [momentum_at(step, 4, 0.6) for step in range(5)] == pytest.approx(
+        [0.6, 0.7, 0.8, 0.9, 1.0]
+    )
     assert momentum_at(0, 100) == 0.996
 
 

@@ -7,8 +7,8 @@ and every object with the mean and contrast of what surrounds it, so that bright
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,13 +18,17 @@ from torch.nn import functional as F
 from transformers import Dinov2Model
 
 from reattend.backbones.pretrained.vit import PATCH, configuration, hidden_states
-from reattend.data.scenes import CLASSES, SceneSettings, Scenes, make_scenes
+from reattend.data.scenes import CLASSES, Scenes, SceneSettings, make_scenes
 from reattend.vision.dmt_jepa import (
+    BlockMasks,
+    Jepa,
+    JepaSize,
+    LocalAggregationHead,
     choose_neighbours,
-    gather_patches,
     mean_of_chosen,
     neighbour_similarity,
     neighbour_table,
+    step_multiply_adds,
 )
 
 SIZE = 112  # pixels
@@ -37,20 +41,19 @@ DIRECT = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0], dtype=torch.float32)
 # Scenes -----------------------------------------------------------------------------------------------
 
 
-def patch_labels(
+def things_and_labels(
     masks: Bool[Tensor, "scenes objects height width"], labels: Int[Tensor, "scenes objects"]
-) -> Int[Tensor, "scenes patches"]:
-    """What each patch shows: 0 background, 1.. the class of an object plus one, -1 no one thing.
+) -> tuple[Int[Tensor, "scenes patches"], Int[Tensor, "scenes patches"]]:
+    """The thing that covers most of each patch, and the class of that thing where the patch is pure.
 
-    Two objects of one class share a label.
+    Things: 0 background, 1.. the scene's objects. Classes: 0 background, 1.. those of `CLASSES`; -1 where no
+    thing covers more than `PURE` of the patch.
     """
-    classes = labels.max().item() + 1
-    there = F.one_hot(labels.clamp(min=0), classes) * (labels >= 0)[..., None]
-    shown = torch.einsum("sohw,soc->schw", masks.float(), there.float())
-    background = 1 - masks.any(1, keepdim=True).float()
-    shares = F.avg_pool2d(torch.cat([background, shown], 1), PATCH).flatten(2)
-    most, label = shares.max(1)
-    return torch.where(most > PURE, label, -1)
+    background = ~masks.any(1, keepdim=True)
+    shares = F.avg_pool2d(torch.cat([background, masks], 1).float(), PATCH).flatten(2)
+    most, things = shares.max(1)
+    classes = F.pad(labels + 1, (1, 0)).gather(1, things)
+    return things, torch.where(most > PURE, classes, -1)
 
 
 def camouflaged(scenes: Scenes) -> UInt8[Tensor, "scenes 3 height width"]:
@@ -83,26 +86,23 @@ class PatchScenes:
 
     Attributes:
         pixels: the pictures.
-        labels: what each patch shows (`patch_labels`).
+        things: what covers most of each patch: 0 background, 1.. the objects.
+        labels: its class where the patch shows nothing else (`things_and_labels`), or -1.
         colour: mean colour of each patch, 0..1.
         features: layer -> layer-normalised tokens of each patch.
     """
 
     pixels: UInt8[Tensor, "scenes 3 height width"]
+    things: Int[Tensor, "scenes patches"]
     labels: Int[Tensor, "scenes patches"]
     colour: Float[Tensor, "scenes patches 3"]
     features: dict[int, Float[Tensor, "scenes patches dim"]]
 
-    def first(self, count: int) -> PatchScenes:
-        """The first `count` scenes."""
-        kept = {layer: tokens[:count] for layer, tokens in self.features.items()}
-        return replace(
-            self,
-            pixels=self.pixels[:count],
-            labels=self.labels[:count],
-            colour=self.colour[:count],
-            features=kept,
-        )
+    def subset(self, chosen: Bool[Tensor, " scenes"]) -> PatchScenes:
+        """The chosen scenes."""
+        kept = {layer: tokens[chosen] for layer, tokens in self.features.items()}
+        parts = (self.pixels, self.things, self.labels, self.colour)
+        return PatchScenes(*(part[chosen] for part in parts), kept)
 
 
 def patch_scenes(
@@ -114,7 +114,7 @@ def patch_scenes(
     camouflage: bool = False,
     batch: int = 32,
 ) -> PatchScenes:
-    """Scenes of one side of the split, read by an encoder; those of a smaller count are the first ones."""
+    """Scenes of one side of the split, read by an encoder."""
     scenes = make_scenes(count, SCENES, split=split, seed=seed)
     pixels = camouflaged(scenes) if camouflage else scenes.pixels
     states = torch.cat(
@@ -123,8 +123,8 @@ def patch_scenes(
     )
     tokens = F.layer_norm(states[:, :, 1:], states.shape[-1:])
     colour = F.avg_pool2d(pixels.float() / 255, PATCH).flatten(2).transpose(1, 2)
-    labels = patch_labels(scenes.masks, scenes.labels)
-    return PatchScenes(pixels, labels, colour, dict(zip(layers, tokens, strict=True)))
+    things, labels = things_and_labels(scenes.masks, scenes.labels)
+    return PatchScenes(pixels, things, labels, colour, dict(zip(layers, tokens, strict=True)))
 
 
 def untrained_vit(seed: int) -> Dinov2Model:
@@ -160,23 +160,23 @@ def by_direction(scenes: int) -> Float[Tensor, "scenes patches slots"]:
     return DIRECT.expand(scenes, GRID**2, 8)
 
 
-def boundary_patches(labels: Int[Tensor, "scenes patches"]) -> Bool[Tensor, "scenes patches"]:
-    """Patches off the picture's border with a label of their own and another one among their neighbours."""
+def boundary_patches(scenes: PatchScenes) -> Bool[Tensor, "scenes patches"]:
+    """Pure patches off the picture's border with another thing than their own among their neighbours."""
     index, present = table()
-    around = labels[:, index]
-    other = ((around >= 0) & (around != labels[..., None])).any(-1)
-    return (labels >= 0) & present.all(-1) & other
+    other = (scenes.things[:, index] != scenes.things[..., None]).any(-1)
+    return (scenes.labels >= 0) & present.all(-1) & other
 
 
 def purity(
-    labels: Int[Tensor, "scenes patches"], index: Int[Tensor, "scenes patches k"]
+    scenes: PatchScenes, index: Int[Tensor, "scenes patches k"]
 ) -> Float[np.ndarray, " scenes"]:
-    """Share of the chosen neighbours that show what the patch shows, mean over a scene's boundary patches.
+    """Share of the chosen neighbours that show the patch's own thing, mean over a scene's boundary patches.
 
     NaN for a scene without any.
     """
-    same = gather_patches(labels[..., None], index)[..., 0] == labels[..., None]
-    return _per_scene(same.float().mean(-1), boundary_patches(labels))
+    chosen = scenes.things.gather(1, index.flatten(1)).view_as(index)
+    same = chosen == scenes.things[..., None]
+    return _per_scene(same.float().mean(-1), boundary_patches(scenes))
 
 
 def _per_scene(
@@ -211,6 +211,22 @@ def chosen_by(
     raise ValueError(f"unknown kind of target '{kind}'; there are: {', '.join(KINDS)}")
 
 
+RULES = {
+    "mean-8": "all eight",
+    "random-4": "four random",
+    "direct-4": "four direct",
+    "colour-4": "four by colour",
+    "top-4": "four by feature",
+}
+"""Kinds by how they choose neighbours, in words."""
+
+
+def chosen_by_rule(scenes: PatchScenes, kind: str, layer: int) -> Int[Tensor, "scenes patches k"]:
+    """Positions of the neighbours that a kind of target chooses on the features of a layer."""
+    scores = chosen_by(kind, scenes.features[layer], scenes.colour, seed=0)
+    return choose_neighbours(scores, *table(), int(kind.rpartition("-")[2]))[0]
+
+
 def make_targets(
     kind: str,
     tokens: Float[Tensor, "scenes patches dim"],
@@ -233,6 +249,22 @@ def make_targets(
         return mean
     count = exists.sum(-1, keepdim=True)
     return (count * mean + tokens) / (count + 1)
+
+
+@torch.no_grad()
+def untrained_head_targets(
+    tokens: Float[Tensor, "scenes patches dim"],
+    seed: int,
+    swapped_queries: bool = False,
+    device: torch.device | str = "cpu",
+    batch: int = 32,
+) -> Float[Tensor, "scenes patches dim"]:
+    """Targets of a head as it is before training; queries are swapped within batches."""
+    torch.manual_seed(seed)
+    width = tokens.shape[-1]
+    head = LocalAggregationHead(width, width // 64, swapped_queries=swapped_queries).to(device)
+    parts = tokens.to(device).split(batch)
+    return torch.cat([head.targets(part, (GRID, GRID)).cpu() for part in parts])
 
 
 # Probes -----------------------------------------------------------------------------------------------
@@ -318,14 +350,25 @@ def scene_nats(
     return _per_scene(probe.nats(targets, labels), there)
 
 
+def scene_accuracy(
+    probe: PatchProbe,
+    targets: Float[Tensor, "scenes patches dim"],
+    labels: Int[Tensor, "scenes patches"],
+    wanted: Bool[Tensor, "scenes patches"],
+) -> Float[np.ndarray, " scenes"]:
+    """Share of a scene's wanted patches that the probe names rightly, in %."""
+    right = probe.logits(targets).argmax(-1) == labels
+    return 100 * _per_scene(right.float(), wanted)
+
+
 def neighbour_accuracy(
     bank: Float[Tensor, "scenes patches dim"],
     bank_labels: Int[Tensor, "scenes patches"],
-    targets: Float[Tensor, "others patches dim"],
-    labels: Int[Tensor, "others patches"],
+    targets: Float[Tensor, "others places dim"],
+    labels: Int[Tensor, "others places"],
     k: int,
 ) -> Float[np.ndarray, " others"]:
-    """k-NN by cosine: share of a scene's labelled patches whose label most of k labelled patches have."""
+    """k-NN by cosine: share (%) of a scene's labelled patches whose label most of k labelled patches have."""
     there = bank_labels >= 0
     keys, votes = F.normalize(bank[there], dim=-1), bank_labels[there]
     right = []
@@ -333,7 +376,14 @@ def neighbour_accuracy(
         nearest = (tokens @ keys.T).topk(k, -1).indices
         ballots = F.one_hot(votes[nearest], int(votes.max()) + 1).sum(1)
         right.append(ballots.argmax(-1) == truth)
-    return _per_scene(torch.stack(right).float(), labels >= 0)
+    return 100 * _per_scene(torch.stack(right).float(), labels >= 0)
+
+
+def raw_patches(scenes: PatchScenes, side: int = 7) -> Float[Tensor, "scenes patches pixels"]:
+    """Pixels of every patch, shrunk to side x side: what a probe reads without an encoder."""
+    size = GRID * side
+    small = F.interpolate(scenes.pixels.float() / 255, (size, size), mode="area")
+    return F.unfold(small, side, stride=side).transpose(1, 2)
 
 
 # How alike targets are --------------------------------------------------------------------------------
@@ -343,9 +393,7 @@ def patch_distance() -> Int[Tensor, "patches patches"]:
     """Steps of a king between two patches."""
     place = torch.arange(GRID**2)
     rows, columns = place // GRID, place % GRID
-    return torch.maximum(
-        (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()
-    )
+    return torch.maximum((rows[:, None] - rows).abs(), (columns[:, None] - columns).abs())
 
 
 def mean_cosine(
@@ -366,6 +414,15 @@ def mean_cosine(
     wanted = there & apart & (alike if same else ~alike)
     unit = F.normalize(targets, dim=-1)
     return _per_scene((unit @ unit.mT).flatten(1), wanted.flatten(1))
+
+
+def similarity_maps(
+    targets: Float[Tensor, "scenes patches dim"], patches: Sequence[int]
+) -> list[Float[np.ndarray, "rows columns"]]:
+    """Cosine of one target of each scene with all its targets, as maps."""
+    pairs = zip(targets, patches, strict=True)
+    maps = [F.cosine_similarity(scene[patch], scene, dim=-1) for scene, patch in pairs]
+    return [found.view(GRID, GRID).numpy() for found in maps]
 
 
 def between_share(
@@ -391,4 +448,148 @@ def effective_rank(targets: Float[Tensor, "scenes patches dim"]) -> float:
     return math.exp(-torch.xlogy(share, share).sum().item())
 
 
-Targets = Callable[[Tensor, Tensor], Tensor]
+# All measures of a kind of target -----------------------------------------------------------------------
+
+Sets = Mapping[str, PatchScenes]
+"""Scenes by side of the split: "train", "validation" and "test"."""
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """What is measured of one kind of target on the test scenes; arrays over scenes, nan where there is no case.
+
+    Attributes:
+        decay: of the probe, chosen on the validation scenes.
+        nats: of the class of a labelled patch, by a linear probe.
+        boundary: the same, boundary patches alone.
+        accuracy: of that probe on patches of objects, %.
+        neighbours: accuracy of k-NN on labelled patches, %.
+        between: share of the variance that lies between labels.
+        cosine: mean cosine of pairs, by ("same" or "different" labels, "near" or "far").
+        rank: effective rank over all patches of all test scenes.
+    """
+
+    decay: float
+    nats: Float[np.ndarray, " scenes"]
+    boundary: Float[np.ndarray, " scenes"]
+    accuracy: Float[np.ndarray, " scenes"]
+    neighbours: Float[np.ndarray, " scenes"]
+    between: Float[np.ndarray, " scenes"]
+    cosine: dict[tuple[str, str], Float[np.ndarray, " scenes"]]
+    rank: float
+
+    def means(self) -> dict[str, float]:
+        """Means over the scenes that have a case."""
+        found = {
+            "nats": self.nats,
+            "object_patches": self.accuracy,
+            "knn": self.neighbours,
+            "between_labels": self.between,
+        }
+        found |= {f"cosine_{near}_{same}": c for (same, near), c in self.cosine.items()}
+        means = {name: float(np.nanmean(values)) for name, values in found.items()}
+        return means | {"rank": self.rank, "decay": self.decay}
+
+
+def measure_targets(
+    targets: Mapping[str, Float[Tensor, "scenes patches dim"]],
+    scenes: Sets,
+    decays: tuple[float, ...],
+    steps: int,
+    k: int,
+) -> TargetScores:
+    """Train and choose the probes of one kind of target, and measure it on the test scenes.
+
+    Args:
+        targets: of all patches, by side of the split.
+        decays: of the probe, to choose from.
+        steps: of L-BFGS.
+        k: neighbours of k-NN.
+    """
+    labels = {side: part.labels for side, part in scenes.items()}
+    decay, probe = choose_decay(targets, labels, decays, steps)
+    shown, truth = targets["test"], labels["test"]
+    cosine = {
+        (same, near): mean_cosine(shown, truth, same == "same", near == "near")
+        for same in ("same", "different")
+        for near in ("near", "far")
+    }
+    return TargetScores(
+        decay,
+        scene_nats(probe, shown, truth),
+        scene_nats(probe, shown, truth, boundary_patches(scenes["test"])),
+        scene_accuracy(probe, shown, truth, truth > 0),
+        neighbour_accuracy(targets["train"], labels["train"], shown, truth, k),
+        between_share(shown, truth),
+        cosine,
+        effective_rank(shown),
+    )
+
+
+# Pretrained encoders and time ---------------------------------------------------------------------------
+
+
+def probe_arm(
+    read: Callable[[Tensor], Tensor],
+    pixels: Mapping[str, UInt8[Tensor, "mosaics 1 side side"]],
+    labels: Mapping[str, Int[Tensor, "mosaics patches"]],
+    decay: float,
+    steps: int,
+    k: int,
+) -> tuple[float, float]:
+    """Accuracy (%) of a linear probe and of k-NN on labelled patches of test mosaics.
+
+    Args:
+        read: pixels to tokens of every patch.
+        pixels, labels: mosaics and classes of their patches, by side: "train" and "test".
+    """
+    with torch.no_grad():
+        tokens = {side: read(shown) for side, shown in pixels.items()}
+    classes = int(labels["train"].max()) + 1
+    probe = fit_probe(tokens["train"], labels["train"], decay, steps, classes)
+    there = labels["test"] >= 0
+    right = (probe.logits(tokens["test"]).argmax(-1) == labels["test"])[there]
+    nearest = neighbour_accuracy(
+        tokens["train"], labels["train"], tokens["test"], labels["test"], k
+    )
+    return 100 * right.double().mean().item(), float(np.nanmean(nearest))
+
+
+def published_multiply_adds(seed: int, batch: int = 256) -> tuple[int, int]:
+    """Multiply-adds of a training step of I-JEPA and of DMT-JEPA for one picture, ViT-B/16 at 224 pixels.
+
+    Mask sizes are those of one draw for a batch.
+    """
+    size, generator = JepaSize(), torch.Generator().manual_seed(seed)
+    context, targets = BlockMasks(size.side, size.side).sample(batch, generator)
+    blocks, target = targets.shape[1:]
+    plain, with_head = (
+        step_multiply_adds(size, context.shape[1], blocks, target, head) for head in (False, True)
+    )
+    return plain, with_head
+
+
+def timed_steps(
+    width: int, batch: int, device: torch.device | str = "cpu"
+) -> dict[str, Callable[[], object]]:
+    """A training step of I-JEPA and of DMT-JEPA, without the optimiser's, on the grid of the scenes.
+
+    Twelve layers and a predictor of half the width and half the depth, as published.
+    """
+    heads = max(1, width // 64)
+    size = JepaSize(SIZE, PATCH, width, 12, heads, width // 2, 6)
+    generator = torch.Generator().manual_seed(0)
+    context, targets = BlockMasks(GRID, GRID, fewest=GRID).sample(batch, generator)
+    images = torch.randn(batch, 3, SIZE, SIZE, generator=generator)
+    given = [part.to(device) for part in (images, context, targets)]
+
+    def step_of(model: Jepa) -> Callable[[], object]:
+        def run() -> None:
+            model.zero_grad()
+            model.loss(*given).backward()
+            model.update_targets(0.996)
+
+        return run
+
+    models = {"I-JEPA": Jepa(size), "DMT-JEPA": Jepa(size, LocalAggregationHead(width, heads))}
+    return {name: step_of(model.to(device)) for name, model in models.items()}

@@ -55,7 +55,7 @@ def neighbour_table(
     beside = (down != 0) | (right != 0)
     to_rows = rows.reshape(-1, 1) + down[beside]
     to_columns = columns.reshape(-1, 1) + right[beside]
-    inside = (0 <= to_rows) & (to_rows < height) & (0 <= to_columns) & (to_columns < width)
+    inside = (to_rows >= 0) & (to_rows < height) & (to_columns >= 0) & (to_columns < width)
     table = to_rows % height * width + to_columns % width
     if wrap:
         return table, torch.ones_like(inside)
@@ -64,7 +64,7 @@ def neighbour_table(
 
 
 def gather_patches(
-    tokens: Float[Tensor, "batch patches dim"], index: Int[Tensor, "batch *chosen"]
+    tokens: Float[Tensor, "batch patches dim"], index: Int[Tensor, " batch *chosen"]
 ) -> Float[Tensor, "batch *chosen dim"]:
     """Tokens at the positions that each picture asks for."""
     flat = index.flatten(1)[..., None].expand(-1, -1, tokens.shape[-1])
@@ -230,10 +230,8 @@ class LocalAggregationHead(nn.Module):
             exists = F.pad(exists, (1, 0), value=True)
         others, exists = chosen.flatten(0, 1), exists.flatten(0, 1)
         mean, patches = tokens.mean(1, keepdim=True), tokens.shape[1]
-        if self.swapped_queries:
-            query = mean.repeat(patches, 1, 1)
-        else:
-            query = mean.repeat_interleave(patches, 0)
+        swapped = self.swapped_queries
+        query = mean.repeat(patches, 1, 1) if swapped else mean.repeat_interleave(patches, 0)
         for block in self.cls_blocks:
             query = block(query, query, others, exists)
         return self.norm(query.view_as(tokens))
@@ -533,9 +531,7 @@ class Jepa(nn.Module):
             table, present = (t.to(tokens.device) for t in neighbour_table(*self.grid))
             if scores is None:
                 scores = neighbour_similarity(tokens, table)
-            return mean_of_chosen(
-                tokens, *choose_neighbours(scores, table, present, self.averaged)
-            )
+            return mean_of_chosen(tokens, *choose_neighbours(scores, table, present, self.averaged))
         return tokens
 
     def predictions(
