@@ -114,7 +114,7 @@ def untrained(arm: str, setting: Setting, seed: int) -> Jepa:
 
     The map of patches is drawn so that a patch of unit variance keeps it: at 64 values a patch the published
     deviation of .02 leaves the content at a fifth of the positions, and the features of different pictures
-    the same within 200 steps.
+    become the same within a few hundred steps.
 
     Raises:
         ValueError: for an unknown arm; lists the known ones.
