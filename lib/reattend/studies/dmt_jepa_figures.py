@@ -14,7 +14,13 @@ from torch import Tensor
 from reattend.evidence.intervals import mean
 from reattend.plots import BASELINE, COLOURS, mean_curve, mean_point, show_regions
 
-KIND_COLOURS = {"own": BASELINE, "top-4": COLOURS[0], "top-4 + own": COLOURS[0]}
+METHOD = COLOURS[0]
+KIND_COLOURS = {
+    "own": BASELINE,
+    "top-4": METHOD,
+    "top-4 + own": METHOD,
+    "four by feature": METHOD,
+}
 """Of kinds of targets; those that choose neighbours by something else than features are drawn in `PLACEBO`."""
 PLACEBO = COLOURS[1]
 
@@ -162,7 +168,7 @@ def draw_arms(
     accuracy: Mapping[str, Sequence[float]],
     trivial: Mapping[str, float],
 ) -> Figure:
-    """Trained arms: loss, spread of the encoder's features over pictures, and accuracy of the patch probe.
+    """Trained arms: loss, spread of the targets over pictures, and accuracy of the patch probe.
 
     Args:
         trivial: accuracy of what needs no pretraining, drawn as lines.
@@ -170,17 +176,21 @@ def draw_arms(
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.5))
     for number, (arm, found) in enumerate(losses.items()):
         colour, steps = COLOURS[number], found.shape[1]
+        # Two of the arms lie on each other.
+        style = ("-", "-", ":", "-")[number % 4]
         size = max(1, steps // 25)
         pieces = found[:, : steps // size * size].unflatten(1, (-1, size)).mean(2)
         places = (np.arange(pieces.shape[1]) + 0.5) * size
-        mean_curve(axes[0], places, pieces.numpy(), colour, arm)
+        mean_curve(axes[0], places, pieces.numpy(), colour, arm, style)
         looks = np.linspace(0, steps, spreads[arm].shape[1])
-        mean_curve(axes[1], looks, spreads[arm], colour, arm)
+        mean_curve(axes[1], looks, spreads[arm], colour, arm, style)
         mean_point(axes[2], accuracy[arm], number, colour)
     for name, style in zip(trivial, ("-", "--"), strict=False):
         axes[2].axvline(trivial[name], color="black", ls=style, lw=1, label=name)
     axes[0].set(xlabel="training step", ylabel="smooth-L1 loss")
-    axes[1].set(xlabel="training step", ylabel="spread over pictures", ylim=(0, None))
+    axes[1].set(
+        xlabel="training step", ylabel="spread of the targets over pictures", ylim=(0, None)
+    )
     axes[2].set(xlabel="accuracy of the patch probe, %")
     axes[2].set_yticks(range(len(losses)), list(losses))
     axes[2].invert_yaxis()

@@ -44,7 +44,7 @@ class Setting:
 
     Attributes:
         momentum: of the target side at the first step; 1 at the last.
-        looks: how often the spread of the features is noted in training.
+        looks: how often the spread of the targets is noted in training.
         garments: training garments of which mosaics are made.
         mosaics: labelled mosaics that train the probes; half as many test them.
     """
@@ -176,15 +176,15 @@ def fit(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> tuple[Jepa, Float[Tensor, " steps"], Float[Tensor, " looks"]]:
-    """A trained arm, the loss of every step, and the spread of its features on watched mosaics over training."""
+    """A trained arm, the loss of every step, and the spread of its targets on watched mosaics over training."""
     model = untrained(arm, setting, seed).to(device)
     images, every = centred(watched).to(device), max(1, setting.steps // setting.looks)
-    spreads = [spread_over_pictures(model.target_encoder(images))]
+    spreads = [spread_over_pictures(model.targets(images))]
 
     def after_step(step: int) -> None:
         model.update_targets(momentum_at(step, setting.steps, setting.momentum))
         if (step + 1) % every == 0:
-            spreads.append(spread_over_pictures(model.target_encoder(images)))
+            spreads.append(spread_over_pictures(model.targets(images)))
 
     log = train(
         model,
@@ -224,7 +224,7 @@ def build(target: Path, profile: str) -> None:
             losses.append(loss)
             spreads.append(spread)
         kept |= {f"losses of {arm}": torch.stack(losses), f"spreads of {arm}": torch.stack(spreads)}
-        print(f"{arm}: spread of the features at the end {spreads[-1][-1]:.3f}", flush=True)
+        print(f"{arm}: spread of the targets at the end {spreads[-1][-1]:.3f}", flush=True)
     save_file(kept, target / KEPT)
 
 
@@ -234,7 +234,7 @@ class JepaModels:
 
     Attributes:
         losses: training loss of every step by arm, [seeds, steps].
-        spreads: `spread_over_pictures` of the target encoder before and in training by arm, [seeds, looks + 1].
+        spreads: `spread_over_pictures` of the targets before and in training by arm, [seeds, looks + 1].
         pixels, labels: mosaics by side, and the class of every patch.
     """
 
