@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from reattend.data.scenes import make_scenes
 from reattend.studies.dmt_jepa import (
@@ -21,6 +22,7 @@ from reattend.studies.dmt_jepa import (
     camouflaged,
     choose_decay,
     chosen_by,
+    chosen_by_rule,
     effective_rank,
     fit_probe,
     make_targets,
@@ -28,14 +30,19 @@ from reattend.studies.dmt_jepa import (
     measure_targets,
     neighbour_accuracy,
     patch_distance,
+    patch_scenes,
     probe_arm,
+    published_multiply_adds,
     purity,
     raw_patches,
     scene_accuracy,
     scene_nats,
+    similarity_maps,
     table,
     things_and_labels,
     timed_steps,
+    untrained_head_targets,
+    untrained_vit,
 )
 from reattend.studies.dmt_jepa_figures import (
     draw_arms,
@@ -99,6 +106,33 @@ def test_camouflage_keeps_the_background_and_matches_every_object():
     assert after < 4 < before  # clipping moves a mean by a few grey values
 
 
+@pytest.mark.parametrize("camouflage", [False, True])
+def test_scenes_hold_the_tokens_and_the_colour_of_each_patch(monkeypatch, camouflage):
+    def unfolded(pixels):
+        return F.unfold(pixels.float(), 14, stride=14).transpose(1, 2)
+
+    def states(model, pixels, layers, size):
+        """A class token, then every patch's pixels, shifted by the number of the layer."""
+        tokens = F.pad(unfolded(pixels), (0, 0, 1, 0), value=-1.0)
+        return torch.stack([tokens.roll(layer, -1) for layer in layers])
+
+    monkeypatch.setattr("reattend.studies.dmt_jepa.hidden_states", states)
+    asked = {"split": "validation", "seed": 3}
+    found = patch_scenes(
+        untrained_vit(0), 3, layers=(2, 5), camouflage=camouflage, batch=2, **asked
+    )
+    scenes = make_scenes(3, SCENES, **asked)
+    wanted = camouflaged(scenes) if camouflage else scenes.pixels
+    assert torch.equal(found.pixels, wanted)
+    patches = unfolded(wanted)
+    for layer in (2, 5):
+        normed = F.layer_norm(patches.roll(layer, -1), patches.shape[-1:])
+        assert torch.allclose(found.features[layer], normed, atol=1e-5)
+    colour = patches.unflatten(-1, (3, -1)).mean(-1) / 255
+    assert torch.allclose(found.colour, colour, atol=1e-5)
+    assert torch.equal(found.labels, things_and_labels(scenes.masks, scenes.labels)[1])
+
+
 def test_boundary_patches_are_pure_off_the_border_and_beside_another_thing():
     scenes = halves(1)
     found = boundary_patches(scenes).view(GRID, GRID)
@@ -157,6 +191,42 @@ def test_kinds_of_targets_are_means_of_what_they_choose():
     by_chance = [make_targets("random-4", tokens, colour, seed) for seed in (0, 0, 1)]
     assert torch.equal(by_chance[0], by_chance[1])
     assert not torch.allclose(by_chance[0], by_chance[2])
+
+
+def test_a_rule_chooses_what_its_targets_average():
+    tokens, colour = noise(2, PATCHES, 6), noise(2, PATCHES, 3, seed=1)
+    scenes = halves(2, colour)
+    scenes.features[1] = tokens
+    middle = 3 * GRID + 4
+    for kind in ("mean-8", "random-4", "direct-4", "colour-4", "top-4"):
+        index = chosen_by_rule(scenes, kind, 1)[1, middle]
+        target = make_targets(kind, tokens, colour)[1, middle]
+        assert torch.allclose(tokens[1, index].mean(0), target, atol=1e-6), kind
+
+
+def test_untrained_heads_swap_queries_within_batches():
+    tokens = noise(4, PATCHES, 64)
+    own, swapped = (untrained_head_targets(tokens, 0, s, batch=2) for s in (False, True))
+    same = (own - swapped).abs().amax(-1) < 1e-6
+    # In batches of two, patch i gets the query of picture i mod 2 of its batch.
+    wanted = torch.arange(PATCHES) % 2 == torch.arange(4)[:, None] % 2
+    assert torch.equal(same, wanted)
+    assert torch.allclose(untrained_head_targets(tokens[:1], 0), own[:1], atol=1e-6)
+    assert not torch.allclose(untrained_head_targets(tokens, 1), own, atol=1e-3)
+
+
+def test_a_similarity_map_is_that_of_its_patch():
+    targets = noise(2, PATCHES, 5)
+    found = similarity_maps(targets, [9, 30])[1].ravel()
+    unit = targets[1] / targets[1].norm(dim=-1, keepdim=True)
+    assert found == pytest.approx((unit @ unit[30]).numpy(), abs=1e-6)
+
+
+def test_the_published_head_costs_more_by_its_own_products():
+    plain, with_head = published_multiply_adds(0, batch=4)
+    # Target side alone: 196 patches, two blocks of 5 tokens and one query, width 768.
+    frozen = 196 * 2 * ((2 * 5 + 2 + 8) * 768**2 + 2 * 5 * 768)
+    assert plain + frozen < with_head < 1.25 * plain
 
 
 def test_unknown_kinds_are_refused():
