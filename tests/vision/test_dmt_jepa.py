@@ -434,7 +434,8 @@ def test_only_the_trained_side_moves_in_a_step_and_the_head_is_decayed_where_it_
     sets = [{id(p) for p in group["params"]} for group in (decayed, rest)]
     assert id(model.head.cls_blocks[0].attn.q.weight) in sets[0]
     assert id(model.head.cls_blocks[0].attn.q.bias) in sets[1]
-    assert not any(id(p) in sets[0] | sets[1] for p in model.target_head.parameters())
+    for side in (model.target_encoder, model.target_head):
+        assert not any(p.requires_grad or id(p) in sets[0] | sets[1] for p in side.parameters())
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 1.0])
