@@ -1,0 +1,316 @@
+"""Small image-text models fine-tuned with tokens merged by CrossGET and by what it is compared with.
+
+One pair of towers a seed is trained without any merging; every arm starts from these weights and is fine-tuned
+on the same pairs in the same order. Another seed has other weights, other training scenes and another order.
+All scenes have three objects, so that captions need no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from reattend.backbones.store import backbone_path
+from reattend.backbones.trained.filip import (
+    Pairs,
+    Shape,
+    contrastive_loss,
+    global_similarity,
+    paired,
+    untrained,
+)
+from reattend.training.loop import TrainingPlan, decay_matrices, train
+from reattend.trunks.encoders import index_batches
+from reattend.trunks.image_text import ImageTextModel
+from reattend.vision_language.crossget import (
+    CrossTokens,
+    Importance,
+    Matcher,
+    Merging,
+    Reduction,
+    Vectors,
+    bipartite_matching,
+    complete_graph_matching,
+    crossget_loss,
+    guided_importance,
+    merging_into_best,
+    reduced_vectors,
+)
+
+LOSSES = "losses.safetensors"
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one profile trains.
+
+    Attributes:
+        arms: names in `ARMS` with their numbers of seeds.
+        merged: tokens that CrossGET merges in each block of the image tower.
+        words: tokens that it merges in each block of the text tower, where an arm does so.
+        rate, steps: of the towers' own training.
+        tuning_rate, tuning_steps: of each arm's fine-tuning.
+        scenes: training scenes of each seed.
+        galleries, gallery: how many test galleries of how many pairs.
+    """
+
+    shape: Shape
+    arms: Mapping[str, int]
+    merged: int
+    words: int
+    batch: int
+    rate: float
+    steps: int
+    tuning_rate: float
+    tuning_steps: int
+    scenes: int
+    galleries: int
+    gallery: int
+
+    def plan(self) -> TrainingPlan:
+        """Of the towers: warm-up over a sixth of the steps, then a cosine to zero."""
+        warmup = self.steps // 6
+        return TrainingPlan(self.steps, self.rate, weight_decay=0.03, warmup=warmup, fused=True)
+
+    def tuning_plan(self) -> TrainingPlan:
+        """Of an arm: a cosine to zero."""
+        return TrainingPlan(self.tuning_steps, self.tuning_rate, weight_decay=0.03, fused=True)
+
+
+# --- arms ----------------------------------------------------------------------------------------
+
+
+def random_matching(generator: torch.Generator) -> Matcher:
+    """The placebo of all matchings: random tokens into random survivors; protected ones take no part."""
+
+    def match(
+        similarity: Float[Tensor, "batch length length"],
+        r: int,
+        importance: Float[Tensor, "batch length"] | None,
+    ) -> Merging:
+        free = similarity.isfinite().any(-1)
+        draw = torch.rand(free.shape, generator=generator).to(similarity).masked_fill(~free, -1)
+        wishes = torch.rand(similarity.shape, generator=generator).to(similarity)
+        sources = draw.argsort(descending=True)[:, :r]
+        return merging_into_best(sources, wishes.masked_fill(~free[:, None], -1))
+
+    return match
+
+
+def shuffled_importance(generator: torch.Generator) -> Importance:
+    """The placebo of guidance: the same values on other tokens; first and last token, protected, keep theirs."""
+
+    def importance(
+        guide: Float[Tensor, "batch width"], keys: Float[Tensor, "batch length width"]
+    ) -> Float[Tensor, "batch length"]:
+        found = guided_importance(guide, keys)
+        inner = found[:, 1:-1]
+        order = torch.rand(inner.shape, generator=generator).argsort(1).to(inner.device)
+        return torch.cat([found[:, :1], inner.gather(1, order), found[:, -1:]], 1)
+
+    return importance
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How an arm merges and learns.
+
+    Attributes:
+        cross: whether it has cross tokens; without them the first block of the image tower merges one token
+            less, so that all merged arms have as many tokens in every later place.
+        weight: of the divergence in the loss; with 0 the offsets stay at zero as well.
+    """
+
+    reduction: Reduction
+    cross: bool = False
+    weight: float = 0.0
+
+
+Make = Callable[[Setting, torch.Generator], Arm]
+
+
+def _rs(setting: Setting, share: float = 1.0, cross: bool = True) -> tuple[int, ...]:
+    r = round(share * setting.merged)
+    return (r if cross else r - 1, *[r] * (setting.shape.layers - 1))
+
+
+def _words(setting: Setting, share: float = 1.0) -> tuple[int, ...]:
+    return (round(share * setting.words),) * setting.shape.layers
+
+
+def _unguided(match: Callable[[torch.Generator], Matcher]) -> Make:
+    return lambda setting, generator: Arm(
+        Reduction(_rs(setting, cross=False), _words(setting, 0), match(generator), None)
+    )
+
+
+def _guided(
+    share: float = 1.0,
+    words: float = 0.0,
+    weight: float = 0.5,
+    importance: Callable[[torch.Generator], Importance] = lambda generator: guided_importance,
+) -> Make:
+    return lambda setting, generator: Arm(
+        Reduction(_rs(setting, share), _words(setting, words), importance=importance(generator)),
+        cross=True,
+        weight=weight,
+    )
+
+
+def _dense(setting: Setting, generator: torch.Generator) -> Arm:
+    nothing = (0,) * setting.shape.layers
+    return Arm(Reduction(nothing, nothing, importance=None))
+
+
+ARMS: Mapping[str, Make] = {
+    "dense": _dense,
+    "random pairs": _unguided(random_matching),
+    "ToMe": _unguided(lambda generator: bipartite_matching),
+    "CGSM": _unguided(lambda generator: complete_graph_matching),
+    "CrossGET": _guided(),
+    "own guide": _guided(weight=0.0),
+    "shuffled": _guided(importance=shuffled_importance),
+    "half as many": _guided(share=0.5),
+    "text": _guided(share=0, words=1),
+    "both": _guided(words=1),
+}
+"""By name. "own guide" is CrossGET without the other modality: offsets at zero, so that [CLS] guides, and no
+divergence. "shuffled" has CrossGET's training and its importances on the wrong tokens."""
+
+
+class Reduced(nn.Module):
+    """A model with its cross tokens, if its arm has them."""
+
+    def __init__(self, model: ImageTextModel, arm: Arm) -> None:
+        super().__init__()
+        self.model, self.arm = model, arm
+        self.cross = CrossTokens(model) if arm.cross else None
+        if self.cross is not None and arm.weight == 0:
+            self.cross.requires_grad_(False)
+
+    def forward(self, pairs: Pairs) -> Vectors:
+        return reduced_vectors(
+            self.model, self.cross, self.arm.reduction, pairs.pixels, pairs.ids, pairs.mask
+        )
+
+
+def arm_of(name: str, setting: Setting, seed: int) -> Arm:
+    """An arm with the random numbers of a seed.
+
+    Raises:
+        KeyError: for an unknown arm.
+    """
+    return ARMS[name](setting, torch.Generator().manual_seed(3000 + seed))
+
+
+def fit_base(
+    setting: Setting, pairs: Pairs, seed: int
+) -> tuple[ImageTextModel, Float[Tensor, " steps"]]:
+    """Towers trained without merging, and the loss of every step."""
+    model = untrained(setting.shape, seed).to(pairs.ids.device)
+    log = train(
+        model,
+        index_batches(len(pairs), setting.batch, 1000 + seed),
+        lambda model, index: contrastive_loss(model, pairs[index], global_similarity),
+        setting.plan(),
+        groups=decay_matrices,
+    )
+    return model, torch.tensor(log.losses)
+
+
+def fine_tune(
+    name: str, base: ImageTextModel, setting: Setting, pairs: Pairs, seed: int
+) -> tuple[Reduced, Float[Tensor, " steps"]]:
+    """A fine-tuned copy of the base for one arm, and the contrastive loss of every step in nats."""
+    model = untrained(setting.shape, seed).to(pairs.ids.device)
+    model.load_state_dict(base.state_dict())
+    reduced = Reduced(model, arm_of(name, setting, seed)).to(pairs.ids.device)
+    losses = []
+
+    def loss(reduced: Reduced, index: Tensor) -> Tensor:
+        total, contrastive = crossget_loss(reduced.model, reduced(pairs[index]), reduced.arm.weight)
+        losses.append(contrastive.item())
+        return total
+
+    batches = index_batches(len(pairs), setting.batch, 2000 + seed)
+    train(reduced, batches, loss, setting.tuning_plan(), groups=decay_matrices)
+    return reduced, torch.tensor(losses)
+
+
+# --- the build -----------------------------------------------------------------------------------
+
+_WIDE, _NARROW = Shape(24, 4, 64, 4, 4, 64, (3, 3)), Shape(24, 4, 16, 2, 2, 16, (3, 3))
+SETTINGS = {
+    "smoke": Setting(_NARROW, dict.fromkeys(ARMS, 3), 8, 1, 8, 3e-3, 2, 3e-4, 2, 24, 1, 16),
+    "cpu": Setting(_WIDE, dict.fromkeys(ARMS, 5), 8, 1, 48, 3e-3, 600, 3e-4, 100, 4000, 4, 256),
+    "gpu": Setting(
+        Shape(112, 8, 384, 12, 6, 256, (3, 3), (28, 36)),
+        dict.fromkeys(ARMS, 16),
+        16,
+        1,
+        512,
+        1e-3,
+        4000,
+        1e-4,
+        600,
+        20_000,
+        4,
+        1000,
+    ),
+}
+
+
+def build(target: Path, profile: str) -> None:
+    """Train towers and fine-tune all arms of a profile; write weights and losses."""
+    setting = SETTINGS[profile]
+    device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
+    losses: dict[str, list[Tensor]] = {name: [] for name in (BASE, *setting.arms)}
+    for seed in range(max(setting.arms.values())):
+        pairs = paired(setting.shape.scenes(setting.scenes, "train", seed)).to(device)
+        base, loss = fit_base(setting, pairs, seed)
+        save_model(base, target / f"{BASE}-{seed}.safetensors")
+        losses[BASE].append(loss)
+        for name, seeds in setting.arms.items():
+            if seed < seeds:
+                reduced, loss = fine_tune(name, base, setting, pairs, seed)
+                save_model(reduced, target / f"{name}-{seed}.safetensors")
+                losses[name].append(loss)
+    for name, rows in losses.items():
+        last = ", ".join(f"{row[-20:].mean():.3f}" for row in rows)
+        print(f"{name}: {last} nats over the last 20 steps", flush=True)
+    save_file({name: torch.stack(rows) for name, rows in losses.items()}, target / LOSSES)
+
+
+@dataclass(frozen=True)
+class TrainedModels:
+    """Towers before fine-tuning, a list over seeds; fine-tuned models by arm; the loss of every step."""
+
+    bases: list[ImageTextModel]
+    arms: dict[str, list[Reduced]]
+    losses: dict[str, Float[Tensor, "seeds steps"]]
+
+
+def load(profile: str = "cpu", device: torch.device | str = "cpu") -> TrainedModels:
+    """The models of a profile in evaluation mode, built on first use."""
+    setting, directory = SETTINGS[profile], backbone_path("crossget", profile)
+
+    def base(seed: int) -> ImageTextModel:
+        model = untrained(setting.shape, seed)
+        load_model(model, directory / f"{BASE}-{seed}.safetensors")
+        return model.to(device).eval()
+
+    def read(name: str, seed: int) -> Reduced:
+        reduced = Reduced(untrained(setting.shape, seed), arm_of(name, setting, seed))
+        load_model(reduced, directory / f"{name}-{seed}.safetensors")
+        return reduced.to(device).eval()
+
+    arms = {name: [read(name, seed) for seed in range(n)] for name, n in setting.arms.items()}
+    bases = [base(seed) for seed in range(max(setting.arms.values()))]
+    return TrainedModels(bases, arms, load_file(directory / LOSSES))
