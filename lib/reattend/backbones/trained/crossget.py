@@ -1,14 +1,14 @@
-"""Small image-text models fine-tuned with tokens merged by CrossGET and by what it is compared with.
+"""FILIP's small image-text towers, fine-tuned with tokens merged by CrossGET and by what it is compared with.
 
-One pair of towers a seed is trained without any merging; every arm starts from these weights and is fine-tuned
-on the same pairs in the same order. Another seed has other weights, other training scenes and another order.
-All scenes have three objects, so that captions need no padding.
+A seed's towers are those of FILIP's arm "global", trained without any merging; every arm starts from them and
+is fine-tuned on the same pairs in the same order. Seeds that FILIP does not have are trained here by its own
+function. All scenes of the fine-tuning have three objects, so that captions need no padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,14 +17,10 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from reattend.backbones.store import backbone_path
-from reattend.backbones.trained.filip import (
-    Pairs,
-    Shape,
-    contrastive_loss,
-    global_similarity,
-    paired,
-    untrained,
-)
+from reattend.backbones.trained.filip import SETTINGS as TOWERS
+from reattend.backbones.trained.filip import Pairs, Shape, fit, paired, untrained
+from reattend.backbones.trained.filip import load as load_towers
+from reattend.data.attribute_scenes import AttributeScenes
 from reattend.training.loop import TrainingPlan, decay_matrices, train
 from reattend.trunks.encoders import index_batches
 from reattend.trunks.image_text import ImageTextModel
@@ -44,7 +40,7 @@ from reattend.vision_language.crossget import (
 )
 
 LOSSES = "losses.safetensors"
-BASE = "base"
+BASE = "towers"
 
 
 @dataclass(frozen=True)
@@ -52,11 +48,11 @@ class Setting:
     """What one profile trains.
 
     Attributes:
+        shape: of the towers.
         arms: names in `ARMS` with their numbers of seeds.
         merged: tokens that CrossGET merges in each block of the image tower.
         words: tokens that it merges in each block of the text tower, where an arm does so.
-        rate, steps: of the towers' own training.
-        tuning_rate, tuning_steps: of each arm's fine-tuning.
+        steps: of the fine-tuning; some arms take twice as many.
         scenes: training scenes of each seed.
         galleries, gallery: how many test galleries of how many pairs.
     """
@@ -68,20 +64,17 @@ class Setting:
     batch: int
     rate: float
     steps: int
-    tuning_rate: float
-    tuning_steps: int
     scenes: int
     galleries: int
     gallery: int
 
-    def plan(self) -> TrainingPlan:
-        """Of the towers: warm-up over a sixth of the steps, then a cosine to zero."""
-        warmup = self.steps // 6
-        return TrainingPlan(self.steps, self.rate, weight_decay=0.03, warmup=warmup, fused=True)
+    def plan(self, length: int = 1) -> TrainingPlan:
+        """A cosine to zero over `length` times the steps."""
+        return TrainingPlan(length * self.steps, self.rate, weight_decay=0.03, fused=True)
 
-    def tuning_plan(self) -> TrainingPlan:
-        """Of an arm: a cosine to zero."""
-        return TrainingPlan(self.tuning_steps, self.tuning_rate, weight_decay=0.03, fused=True)
+    def pictures(self, count: int, split: str, seed: int) -> AttributeScenes:
+        """Scenes of three objects each, as the towers see them."""
+        return replace(self.shape, objects=(3, 3)).scenes(count, split, seed)
 
 
 # --- arms ----------------------------------------------------------------------------------------
@@ -126,11 +119,13 @@ class Arm:
         cross: whether it has cross tokens; without them the first block of the image tower merges one token
             less, so that all merged arms have as many tokens in every later place.
         weight: of the divergence in the loss; with 0 the offsets stay at zero as well.
+        length: of the fine-tuning, in the steps of the setting.
     """
 
     reduction: Reduction
     cross: bool = False
     weight: float = 0.0
+    length: int = 1
 
 
 Make = Callable[[Setting, torch.Generator], Arm]
@@ -147,7 +142,7 @@ def _words(setting: Setting, share: float = 1.0) -> tuple[int, ...]:
 
 def _unguided(match: Callable[[torch.Generator], Matcher]) -> Make:
     return lambda setting, generator: Arm(
-        Reduction(_rs(setting, cross=False), _words(setting, 0), match(generator), None)
+        Reduction(_rs(setting, cross=False), _words(setting, 0.0), match(generator), None)
     )
 
 
@@ -169,6 +164,10 @@ def _dense(setting: Setting, generator: torch.Generator) -> Arm:
     return Arm(Reduction(nothing, nothing, importance=None))
 
 
+def _twice(make: Make) -> Make:
+    return lambda setting, generator: replace(make(setting, generator), length=2)
+
+
 ARMS: Mapping[str, Make] = {
     "dense": _dense,
     "random pairs": _unguided(random_matching),
@@ -178,11 +177,14 @@ ARMS: Mapping[str, Make] = {
     "own guide": _guided(weight=0.0),
     "shuffled": _guided(importance=shuffled_importance),
     "half as many": _guided(share=0.5),
-    "text": _guided(share=0, words=1),
-    "both": _guided(words=1),
+    "text": _guided(share=0.0, words=1.0),
+    "both": _guided(words=1.0),
+    "dense, twice": _twice(_dense),
+    "CrossGET, twice": _twice(_guided()),
 }
 """By name. "own guide" is CrossGET without the other modality: offsets at zero, so that [CLS] guides, and no
-divergence. "shuffled" has CrossGET's training and its importances on the wrong tokens."""
+divergence. "shuffled" has CrossGET's training and its importances on the wrong tokens. "half as many" merges
+half the patches, "text" words alone, "both" patches and words; "twice" is fine-tuned for twice the steps."""
 
 
 class Reduced(nn.Module):
@@ -210,21 +212,6 @@ def arm_of(name: str, setting: Setting, seed: int) -> Arm:
     return ARMS[name](setting, torch.Generator().manual_seed(3000 + seed))
 
 
-def fit_base(
-    setting: Setting, pairs: Pairs, seed: int
-) -> tuple[ImageTextModel, Float[Tensor, " steps"]]:
-    """Towers trained without merging, and the loss of every step."""
-    model = untrained(setting.shape, seed).to(pairs.ids.device)
-    log = train(
-        model,
-        index_batches(len(pairs), setting.batch, 1000 + seed),
-        lambda model, index: contrastive_loss(model, pairs[index], global_similarity),
-        setting.plan(),
-        groups=decay_matrices,
-    )
-    return model, torch.tensor(log.losses)
-
-
 def fine_tune(
     name: str, base: ImageTextModel, setting: Setting, pairs: Pairs, seed: int
 ) -> tuple[Reduced, Float[Tensor, " steps"]]:
@@ -240,43 +227,32 @@ def fine_tune(
         return total
 
     batches = index_batches(len(pairs), setting.batch, 2000 + seed)
-    train(reduced, batches, loss, setting.tuning_plan(), groups=decay_matrices)
+    plan = setting.plan(reduced.arm.length)
+    train(reduced, batches, loss, plan, groups=decay_matrices)
     return reduced, torch.tensor(losses)
 
 
 # --- the build -----------------------------------------------------------------------------------
 
-_WIDE, _NARROW = Shape(24, 4, 64, 4, 4, 64, (3, 3)), Shape(24, 4, 16, 2, 2, 16, (3, 3))
 SETTINGS = {
-    "smoke": Setting(_NARROW, dict.fromkeys(ARMS, 3), 8, 1, 8, 3e-3, 2, 3e-4, 2, 24, 1, 16),
-    "cpu": Setting(_WIDE, dict.fromkeys(ARMS, 5), 8, 1, 48, 3e-3, 600, 3e-4, 100, 4000, 4, 256),
+    "smoke": Setting(TOWERS["smoke"].shape, dict.fromkeys(ARMS, 3), 8, 2, 8, 3e-4, 2, 24, 1, 16),
+    "cpu": Setting(TOWERS["cpu"].shape, dict.fromkeys(ARMS, 6), 16, 2, 48, 3e-4, 100, 4000, 4, 256),
     "gpu": Setting(
-        Shape(112, 8, 384, 12, 6, 256, (3, 3), (28, 36)),
-        dict.fromkeys(ARMS, 16),
-        16,
-        1,
-        512,
-        1e-3,
-        4000,
-        1e-4,
-        600,
-        20_000,
-        4,
-        1000,
+        TOWERS["gpu"].shape, dict.fromkeys(ARMS, 8), 20, 2, 512, 1e-4, 600, 20_000, 4, 1000
     ),
 }
 
 
 def build(target: Path, profile: str) -> None:
-    """Train towers and fine-tune all arms of a profile; write weights and losses."""
+    """Fine-tune all arms of a profile; write the towers of each seed, all weights and losses."""
     setting = SETTINGS[profile]
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
-    losses: dict[str, list[Tensor]] = {name: [] for name in (BASE, *setting.arms)}
+    ready = load_towers(profile, device).models["global"]
+    losses: dict[str, list[Tensor]] = {name: [] for name in setting.arms}
     for seed in range(max(setting.arms.values())):
-        pairs = paired(setting.shape.scenes(setting.scenes, "train", seed)).to(device)
-        base, loss = fit_base(setting, pairs, seed)
+        base = ready[seed] if seed < len(ready) else _more_towers(profile, seed, device)
         save_model(base, target / f"{BASE}-{seed}.safetensors")
-        losses[BASE].append(loss)
+        pairs = paired(setting.pictures(setting.scenes, "train", seed)).to(device)
         for name, seeds in setting.arms.items():
             if seed < seeds:
                 reduced, loss = fine_tune(name, base, setting, pairs, seed)
@@ -288,11 +264,18 @@ def build(target: Path, profile: str) -> None:
     save_file({name: torch.stack(rows) for name, rows in losses.items()}, target / LOSSES)
 
 
+def _more_towers(profile: str, seed: int, device: torch.device | str) -> ImageTextModel:
+    """Towers of a seed that FILIP's build does not have, trained as it trains its own."""
+    setting = TOWERS[profile]
+    pairs = paired(setting.shape.scenes(setting.scenes, "train", seed)).to(device)
+    return fit("global", setting, pairs, seed)[0]
+
+
 @dataclass(frozen=True)
 class TrainedModels:
     """Towers before fine-tuning, a list over seeds; fine-tuned models by arm; the loss of every step."""
 
-    bases: list[ImageTextModel]
+    towers: list[ImageTextModel]
     arms: dict[str, list[Reduced]]
     losses: dict[str, Float[Tensor, "seeds steps"]]
 
@@ -301,7 +284,7 @@ def load(profile: str = "cpu", device: torch.device | str = "cpu") -> TrainedMod
     """The models of a profile in evaluation mode, built on first use."""
     setting, directory = SETTINGS[profile], backbone_path("crossget", profile)
 
-    def base(seed: int) -> ImageTextModel:
+    def towers(seed: int) -> ImageTextModel:
         model = untrained(setting.shape, seed)
         load_model(model, directory / f"{BASE}-{seed}.safetensors")
         return model.to(device).eval()
@@ -312,5 +295,5 @@ def load(profile: str = "cpu", device: torch.device | str = "cpu") -> TrainedMod
         return reduced.to(device).eval()
 
     arms = {name: [read(name, seed) for seed in range(n)] for name, n in setting.arms.items()}
-    bases = [base(seed) for seed in range(max(setting.arms.values()))]
+    bases = [towers(seed) for seed in range(max(setting.arms.values()))]
     return TrainedModels(bases, arms, load_file(directory / LOSSES))
