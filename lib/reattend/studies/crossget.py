@@ -25,6 +25,8 @@ from reattend.vision_language.crossget import (
     TokenEnsemble,
     bipartite_matching,
     complete_graph_matching,
+    cross_divergence,
+    cross_features,
     greedy_matching,
     guided_importance,
     similarities,
@@ -77,6 +79,19 @@ def vit_cls(
         x = hooks.between(layer, x, Heads(q, k, v))
         x = x + block.layer_scale2(block.mlp(block.norm2(x)))
     return model.layernorm(x)[:, 0]
+
+
+class BlockTokens(BlockHooks):
+    """Keeps the keys of one block, all heads together: [pictures, length, width]."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer, self.keys = layer, torch.empty(0)
+
+    def between(self, layer: int, x: Tensor, heads: Heads) -> Tensor:
+        """Keep them; merge nothing."""
+        if layer == self.layer:
+            self.keys = heads.keys.transpose(1, 2).flatten(2)
+        return x
 
 
 def pair_similarity(similarity: Tensor, merging: Merging) -> Float[Tensor, " pictures"]:
@@ -158,6 +173,15 @@ def retrieved(reduced: Reduced, pairs: Pairs, gallery: int) -> dict[str, float]:
     )
     tokens = PairTokens(image, text, torch.ones(len(image), 1, dtype=torch.bool))
     return retrieval(global_similarity, tokens, reduced.model.scale.detach().cpu(), gallery)
+
+
+@torch.no_grad()
+def divergence(reduced: Reduced, pairs: Pairs) -> float:
+    """L_JS of the cross tokens of these pairs, in nats."""
+    vectors, model = reduced(pairs), reduced.model
+    image = cross_features(vectors.image_cross, model.image, model.image_map)
+    text = cross_features(vectors.text_cross, model.text, model.text_map)
+    return cross_divergence(image, text).item()
 
 
 def multiply_adds(
