@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from reattend.backbones.trained import crossget
 from reattend.backbones.trained.crossget import (
@@ -66,9 +67,10 @@ def test_arms_are_what_they_are_called():
     assert arms["CrossGET"].reduction.importance is guided_importance
     assert arms["own guide"].reduction == arms["CrossGET"].reduction
     assert (arms["own guide"].weight, arms["CrossGET"].weight) == (0.0, 0.5)
-    assert arms["text"].reduction.text == arms["both"].reduction.text == (2, 2)
-    assert arms["CrossGET, twice"].reduction == arms["CrossGET"].reduction
-    assert CPU.plan(arms["dense, twice"].length).steps == 2 * CPU.plan(arms["dense"].length).steps
+    assert arms["text"].reduction.text == arms["both"].reduction.text == (1, 1)
+    assert arms["CrossGET, short"].reduction == arms["CrossGET"].reduction
+    for name, arm in arms.items():
+        assert CPU.plan(arm.short).steps == CPU.steps // (2 if "short" in name else 1)
 
 
 def test_arms_of_a_seed_start_alike_and_only_crossget_moves_its_offsets():
@@ -125,17 +127,17 @@ def test_every_arm_gives_unit_vectors(name):
 
 
 def test_build_can_be_read_again(tmp_path, monkeypatch):
-    towers = {"global": [untrained(SMOKE.shape, seed) for seed in range(2)]}
+    towers = {"global": [untrained(SMOKE.shape, seed) for seed in range(3)]}
     ready = type("Ready", (), {"models": towers})
     monkeypatch.setattr(crossget, "load_towers", lambda profile, device: ready)
-    monkeypatch.setattr(crossget, "_more_towers", lambda *_: untrained(SMOKE.shape, 7))
     build(tmp_path, "smoke")
     monkeypatch.setattr(crossget, "backbone_path", lambda name, profile: tmp_path)
     trained = crossget.load("smoke")
     assert {name: len(found) for name, found in trained.arms.items()} == SMOKE.arms
     assert trained.losses["dense"].shape == (3, SMOKE.steps)
-    assert trained.losses["dense, twice"].shape == (3, 2 * SMOKE.steps)
-    weight = trained.towers[1].text_map.weight
-    assert torch.equal(weight, untrained(SMOKE.shape, 1).text_map.weight)
-    assert torch.equal(trained.towers[2].text_map.weight, untrained(SMOKE.shape, 7).text_map.weight)
-    assert not torch.equal(trained.arms["ToMe"][1].model.text_map.weight, weight)
+    assert trained.losses["dense, short"].shape == (3, SMOKE.steps // 2)
+    assert trained.towers == towers["global"]
+    started, ended = (m[1] for m in (trained.towers, trained.arms["ToMe"]))
+    assert not torch.equal(started.text_map.weight, ended.model.text_map.weight)
+    found = load_file(tmp_path / "CrossGET-2.safetensors")
+    assert torch.equal(trained.arms["CrossGET"][2].cross.image, found["cross.image"])

@@ -1,8 +1,8 @@
 """FILIP's small image-text towers, fine-tuned with tokens merged by CrossGET and by what it is compared with.
 
 A seed's towers are those of FILIP's arm "global", trained without any merging; every arm starts from them and
-is fine-tuned on the same pairs in the same order. Seeds that FILIP does not have are trained here by its own
-function. All scenes of the fine-tuning have three objects, so that captions need no padding.
+is fine-tuned on the same pairs in the same order. All scenes of the fine-tuning have three objects, so that
+captions need no padding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from reattend.backbones.store import backbone_path
 from reattend.backbones.trained.filip import SETTINGS as TOWERS
-from reattend.backbones.trained.filip import Pairs, Shape, fit, paired, untrained
+from reattend.backbones.trained.filip import Pairs, Shape, paired, untrained
 from reattend.backbones.trained.filip import load as load_towers
 from reattend.data.attribute_scenes import AttributeScenes
 from reattend.training.loop import TrainingPlan, decay_matrices, train
@@ -40,7 +40,6 @@ from reattend.vision_language.crossget import (
 )
 
 LOSSES = "losses.safetensors"
-BASE = "towers"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Setting:
         arms: names in `ARMS` with their numbers of seeds.
         merged: tokens that CrossGET merges in each block of the image tower.
         words: tokens that it merges in each block of the text tower, where an arm does so.
-        steps: of the fine-tuning; some arms take twice as many.
+        steps: of the fine-tuning; "short" arms take half as many.
         scenes: training scenes of each seed.
         galleries, gallery: how many test galleries of how many pairs.
     """
@@ -68,9 +67,10 @@ class Setting:
     galleries: int
     gallery: int
 
-    def plan(self, length: int = 1) -> TrainingPlan:
-        """A cosine to zero over `length` times the steps."""
-        return TrainingPlan(length * self.steps, self.rate, weight_decay=0.03, fused=True)
+    def plan(self, short: bool = False) -> TrainingPlan:
+        """A cosine to zero over the steps, or half of them."""
+        steps = self.steps // 2 if short else self.steps
+        return TrainingPlan(steps, self.rate, weight_decay=0.03, fused=True)
 
     def pictures(self, count: int, split: str, seed: int) -> AttributeScenes:
         """Scenes of three objects each, as the towers see them."""
@@ -119,13 +119,13 @@ class Arm:
         cross: whether it has cross tokens; without them the first block of the image tower merges one token
             less, so that all merged arms have as many tokens in every later place.
         weight: of the divergence in the loss; with 0 the offsets stay at zero as well.
-        length: of the fine-tuning, in the steps of the setting.
+        short: whether it is fine-tuned for half the steps.
     """
 
     reduction: Reduction
     cross: bool = False
     weight: float = 0.0
-    length: int = 1
+    short: bool = False
 
 
 Make = Callable[[Setting, torch.Generator], Arm]
@@ -164,8 +164,8 @@ def _dense(setting: Setting, generator: torch.Generator) -> Arm:
     return Arm(Reduction(nothing, nothing, importance=None))
 
 
-def _twice(make: Make) -> Make:
-    return lambda setting, generator: replace(make(setting, generator), length=2)
+def _short(make: Make) -> Make:
+    return lambda setting, generator: replace(make(setting, generator), short=True)
 
 
 ARMS: Mapping[str, Make] = {
@@ -179,12 +179,13 @@ ARMS: Mapping[str, Make] = {
     "half as many": _guided(share=0.5),
     "text": _guided(share=0.0, words=1.0),
     "both": _guided(words=1.0),
-    "dense, twice": _twice(_dense),
-    "CrossGET, twice": _twice(_guided()),
+    "dense, short": _short(_dense),
+    "CGSM, short": _short(_unguided(lambda generator: complete_graph_matching)),
+    "CrossGET, short": _short(_guided()),
 }
 """By name. "own guide" is CrossGET without the other modality: offsets at zero, so that [CLS] guides, and no
 divergence. "shuffled" has CrossGET's training and its importances on the wrong tokens. "half as many" merges
-half the patches, "text" words alone, "both" patches and words; "twice" is fine-tuned for twice the steps."""
+half the patches, "text" words alone, "both" patches and words; "short" is fine-tuned for half the steps."""
 
 
 class Reduced(nn.Module):
@@ -227,16 +228,17 @@ def fine_tune(
         return total
 
     batches = index_batches(len(pairs), setting.batch, 2000 + seed)
-    plan = setting.plan(reduced.arm.length)
+    plan = setting.plan(reduced.arm.short)
     train(reduced, batches, loss, plan, groups=decay_matrices)
     return reduced, torch.tensor(losses)
 
 
 # --- the build -----------------------------------------------------------------------------------
 
+SEEDS = dict.fromkeys(ARMS, 4) | {"text": 3, "both": 3}
 SETTINGS = {
     "smoke": Setting(TOWERS["smoke"].shape, dict.fromkeys(ARMS, 3), 8, 2, 8, 3e-4, 2, 24, 1, 16),
-    "cpu": Setting(TOWERS["cpu"].shape, dict.fromkeys(ARMS, 6), 16, 2, 48, 3e-4, 100, 4000, 4, 256),
+    "cpu": Setting(TOWERS["cpu"].shape, SEEDS, 16, 1, 48, 3e-4, 250, 4000, 4, 256),
     "gpu": Setting(
         TOWERS["gpu"].shape, dict.fromkeys(ARMS, 8), 20, 2, 512, 1e-4, 600, 20_000, 4, 1000
     ),
@@ -244,31 +246,22 @@ SETTINGS = {
 
 
 def build(target: Path, profile: str) -> None:
-    """Fine-tune all arms of a profile; write the towers of each seed, all weights and losses."""
+    """Fine-tune all arms of a profile; write weights and losses."""
     setting = SETTINGS[profile]
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
-    ready = load_towers(profile, device).models["global"]
+    towers = load_towers(profile, device).models["global"]
     losses: dict[str, list[Tensor]] = {name: [] for name in setting.arms}
     for seed in range(max(setting.arms.values())):
-        base = ready[seed] if seed < len(ready) else _more_towers(profile, seed, device)
-        save_model(base, target / f"{BASE}-{seed}.safetensors")
         pairs = paired(setting.pictures(setting.scenes, "train", seed)).to(device)
         for name, seeds in setting.arms.items():
             if seed < seeds:
-                reduced, loss = fine_tune(name, base, setting, pairs, seed)
+                reduced, loss = fine_tune(name, towers[seed], setting, pairs, seed)
                 save_model(reduced, target / f"{name}-{seed}.safetensors")
                 losses[name].append(loss)
     for name, rows in losses.items():
         last = ", ".join(f"{row[-20:].mean():.3f}" for row in rows)
         print(f"{name}: {last} nats over the last 20 steps", flush=True)
     save_file({name: torch.stack(rows) for name, rows in losses.items()}, target / LOSSES)
-
-
-def _more_towers(profile: str, seed: int, device: torch.device | str) -> ImageTextModel:
-    """Towers of a seed that FILIP's build does not have, trained as it trains its own."""
-    setting = TOWERS[profile]
-    pairs = paired(setting.shape.scenes(setting.scenes, "train", seed)).to(device)
-    return fit("global", setting, pairs, seed)[0]
 
 
 @dataclass(frozen=True)
@@ -284,16 +277,11 @@ def load(profile: str = "cpu", device: torch.device | str = "cpu") -> TrainedMod
     """The models of a profile in evaluation mode, built on first use."""
     setting, directory = SETTINGS[profile], backbone_path("crossget", profile)
 
-    def towers(seed: int) -> ImageTextModel:
-        model = untrained(setting.shape, seed)
-        load_model(model, directory / f"{BASE}-{seed}.safetensors")
-        return model.to(device).eval()
-
     def read(name: str, seed: int) -> Reduced:
         reduced = Reduced(untrained(setting.shape, seed), arm_of(name, setting, seed))
         load_model(reduced, directory / f"{name}-{seed}.safetensors")
         return reduced.to(device).eval()
 
     arms = {name: [read(name, seed) for seed in range(n)] for name, n in setting.arms.items()}
-    bases = [towers(seed) for seed in range(max(setting.arms.values()))]
-    return TrainedModels(bases, arms, load_file(directory / LOSSES))
+    towers = load_towers(profile, device).models["global"]
+    return TrainedModels(towers, arms, load_file(directory / LOSSES))
