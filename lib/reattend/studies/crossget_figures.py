@@ -187,5 +187,5 @@ def draw_costs(
         axis.set(xlabel="multiply-adds, share of the dense model", title=title)
     axes[0].set(ylabel="mean R@1 minus dense, points")
     for axis in axes:
-        axis.legend(loc="lower right")
+        axis.legend()
     return figure
