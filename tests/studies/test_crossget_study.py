@@ -10,12 +10,17 @@ from reattend.backbones.pretrained.vit import prepare
 from reattend.backbones.trained.crossget import SETTINGS, Reduced, arm_of, paired, untrained
 from reattend.studies.crossget import (
     MATCHERS,
+    BlockTokens,
     MatchingProbe,
+    arm_multiply_adds,
+    divergence,
     matching_quality,
+    merging_of,
     multiply_adds,
     pair_similarity,
     random_order_matching,
     retrieved,
+    token_counts,
     token_groups,
     vit_cls,
 )
@@ -28,7 +33,7 @@ from reattend.vision_language.crossget import (
     similarities,
 )
 
-SMOKE = SETTINGS["smoke"]
+SMOKE, CPU = SETTINGS["smoke"], SETTINGS["cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +154,52 @@ def test_retrieved_is_that_of_unit_vectors():
     expected = 100 * (torch.cat(ranks) <= 5).double().mean().item()
     assert found["I2T R@5"] == pytest.approx(expected)
     assert found["NLL"] > 0
+
+
+def test_costs_of_arms_by_hand():
+    """38 tokens with the cross token, 22, 12; captions of ten, whose cross token is there when words merge."""
+    assert token_counts(38, (16, 16), 2) == [38, 22, 12]
+    assert token_counts(37, (15, 16), 1) == [37, 22, 12]
+    width = CPU.shape.width
+    found = {name: arm_multiply_adds(name, CPU) for name in ("dense", "CrossGET", "CGSM", "text")}
+    linear = (4 * 38 + 8 * 22 + 4 * 22 + 8 * 12) * width**2
+    assert found["CrossGET"]["image"] == linear + 3 * (38**2 + 22**2) * width
+    assert found["CGSM"]["image"] == multiply_adds(width, [37, 22, 12], matching=True)
+    assert found["dense"] == {
+        name: multiply_adds(width, [n] * 3) for name, n in (("image", 37), ("text", 10))
+    }
+    assert found["CrossGET"]["text"] == found["dense"]["text"]
+    assert found["text"]["text"] == multiply_adds(width, [11, 10, 9], matching=True)
+
+
+def test_shown_mergings_are_those_of_the_tower():
+    setting, model = CPU, untrained(CPU.shape, 3)
+    reduced = Reduced(model, arm_of("CrossGET", setting, 0)).eval()
+    reduced.cross.image.data += 0.1 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    shown, groups = merging_of(reduced, setting.pictures(3, "test", 0).pixels)
+    first, last = shown
+    assert first.isfinite().all()
+    assert last.isfinite().sum(1).tolist() == [20, 20, 20]
+    assert first.abs().max() <= 1 + 1e-6
+    for row in groups:
+        assert len(set(row.tolist())) == 11
+        assert (row == row[0]).sum() == 1  # nothing is merged into [CLS]
+
+
+def test_divergence_is_zero_where_both_sides_are_equal():
+    reduced = Reduced(untrained(SMOKE.shape, 0), arm_of("CrossGET", SMOKE, 0)).eval()
+    pairs = paired(SMOKE.pictures(4, "test", 0))
+    assert divergence(reduced, pairs) > 1e-6
+    for part in ("image_map", "text_map"):
+        getattr(reduced.model, part).weight.data.zero_()
+    assert divergence(reduced, pairs) == pytest.approx(0, abs=1e-7)
+
+
+def test_block_tokens_keep_the_keys_of_one_block(vit):
+    seen = BlockTokens(1)
+    vit_cls(vit, pictures(), seen, 56)
+    states = vit(prepare(pictures(), 56), output_hidden_states=True).hidden_states[1]
+    block = vit.encoder.layer[1]
+    torch.testing.assert_close(
+        seen.keys, block.attention.k_proj(block.norm1(states)), atol=1e-5, rtol=0
+    )
