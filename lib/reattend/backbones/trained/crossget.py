@@ -1,0 +1,287 @@
+"""FILIP's small image-text towers, fine-tuned with tokens merged by CrossGET and by what it is compared with.
+
+A seed's towers are those of FILIP's arm "global", trained without any merging; every arm starts from them and
+is fine-tuned on the same pairs in the same order. All scenes of the fine-tuning have three objects, so that
+captions need no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from reattend.backbones.store import backbone_path
+from reattend.backbones.trained.filip import SETTINGS as TOWERS
+from reattend.backbones.trained.filip import Pairs, Shape, paired, untrained
+from reattend.backbones.trained.filip import load as load_towers
+from reattend.data.attribute_scenes import AttributeScenes
+from reattend.training.loop import TrainingPlan, decay_matrices, train
+from reattend.trunks.encoders import index_batches
+from reattend.trunks.image_text import ImageTextModel
+from reattend.vision_language.crossget import (
+    CrossTokens,
+    Importance,
+    Matcher,
+    Merging,
+    Reduction,
+    Vectors,
+    bipartite_matching,
+    complete_graph_matching,
+    crossget_loss,
+    guided_importance,
+    merging_into_best,
+    reduced_vectors,
+)
+
+LOSSES = "losses.safetensors"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one profile trains.
+
+    Attributes:
+        shape: of the towers.
+        arms: names in `ARMS` with their numbers of seeds.
+        merged: tokens that CrossGET merges in each block of the image tower.
+        words: tokens that it merges in each block of the text tower, where an arm does so.
+        steps: of the fine-tuning; "short" arms take half as many.
+        scenes: training scenes of each seed.
+        galleries, gallery: how many test galleries of how many pairs.
+    """
+
+    shape: Shape
+    arms: Mapping[str, int]
+    merged: int
+    words: int
+    batch: int
+    rate: float
+    steps: int
+    scenes: int
+    galleries: int
+    gallery: int
+
+    def plan(self, short: bool = False) -> TrainingPlan:
+        """A cosine to zero over the steps, or half of them."""
+        steps = self.steps // 2 if short else self.steps
+        return TrainingPlan(steps, self.rate, weight_decay=0.03, fused=True)
+
+    def pictures(self, count: int, split: str, seed: int) -> AttributeScenes:
+        """Scenes of three objects each, as the towers see them."""
+        return replace(self.shape, objects=(3, 3)).scenes(count, split, seed)
+
+
+# --- arms ----------------------------------------------------------------------------------------
+
+
+def random_matching(generator: torch.Generator) -> Matcher:
+    """The placebo of all matchings: random tokens into random survivors; protected ones take no part."""
+
+    def match(
+        similarity: Float[Tensor, "batch length length"],
+        r: int,
+        importance: Float[Tensor, "batch length"] | None,
+    ) -> Merging:
+        free = similarity.isfinite().any(-1)
+        draw = torch.rand(free.shape, generator=generator).to(similarity).masked_fill(~free, -1)
+        wishes = torch.rand(similarity.shape, generator=generator).to(similarity)
+        sources = draw.argsort(descending=True)[:, :r]
+        return merging_into_best(sources, wishes.masked_fill(~free[:, None], -1))
+
+    return match
+
+
+def shuffled_importance(generator: torch.Generator) -> Importance:
+    """The placebo of guidance: the same values on other tokens; first and last token, protected, keep theirs."""
+
+    def importance(
+        guide: Float[Tensor, "batch width"], keys: Float[Tensor, "batch length width"]
+    ) -> Float[Tensor, "batch length"]:
+        found = guided_importance(guide, keys)
+        inner = found[:, 1:-1]
+        order = torch.rand(inner.shape, generator=generator).argsort(1).to(inner.device)
+        return torch.cat([found[:, :1], inner.gather(1, order), found[:, -1:]], 1)
+
+    return importance
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How an arm merges and learns.
+
+    Attributes:
+        cross: whether it has cross tokens; without them the first block of the image tower merges one token
+            less, so that all merged arms have as many tokens in every later place.
+        weight: of the divergence in the loss; with 0 the offsets stay at zero as well.
+        short: whether it is fine-tuned for half the steps.
+    """
+
+    reduction: Reduction
+    cross: bool = False
+    weight: float = 0.0
+    short: bool = False
+
+
+Make = Callable[[Setting, torch.Generator], Arm]
+
+
+def _rs(setting: Setting, share: float = 1.0, cross: bool = True) -> tuple[int, ...]:
+    r = round(share * setting.merged)
+    return (r if cross else r - 1, *[r] * (setting.shape.layers - 1))
+
+
+def _words(setting: Setting, share: float = 1.0) -> tuple[int, ...]:
+    return (round(share * setting.words),) * setting.shape.layers
+
+
+def _unguided(match: Callable[[torch.Generator], Matcher]) -> Make:
+    return lambda setting, generator: Arm(
+        Reduction(_rs(setting, cross=False), _words(setting, 0.0), match(generator), None)
+    )
+
+
+def _guided(
+    share: float = 1.0,
+    words: float = 0.0,
+    weight: float = 0.5,
+    importance: Callable[[torch.Generator], Importance] = lambda generator: guided_importance,
+) -> Make:
+    return lambda setting, generator: Arm(
+        Reduction(_rs(setting, share), _words(setting, words), importance=importance(generator)),
+        cross=True,
+        weight=weight,
+    )
+
+
+def _dense(setting: Setting, generator: torch.Generator) -> Arm:
+    nothing = (0,) * setting.shape.layers
+    return Arm(Reduction(nothing, nothing, importance=None))
+
+
+def _short(make: Make) -> Make:
+    return lambda setting, generator: replace(make(setting, generator), short=True)
+
+
+ARMS: Mapping[str, Make] = {
+    "dense": _dense,
+    "random pairs": _unguided(random_matching),
+    "ToMe": _unguided(lambda generator: bipartite_matching),
+    "CGSM": _unguided(lambda generator: complete_graph_matching),
+    "CrossGET": _guided(),
+    "own guide": _guided(weight=0.0),
+    "shuffled": _guided(importance=shuffled_importance),
+    "half as many": _guided(share=0.5),
+    "text": _guided(share=0.0, words=1.0),
+    "both": _guided(words=1.0),
+    "dense, short": _short(_dense),
+    "CGSM, short": _short(_unguided(lambda generator: complete_graph_matching)),
+    "CrossGET, short": _short(_guided()),
+}
+"""By name. "own guide" is CrossGET without the other modality: offsets at zero, so that [CLS] guides, and no
+divergence. "shuffled" has CrossGET's training and its importances on the wrong tokens. "half as many" merges
+half the patches, "text" words alone, "both" patches and words; "short" is fine-tuned for half the steps."""
+
+
+class Reduced(nn.Module):
+    """A model with its cross tokens, if its arm has them."""
+
+    def __init__(self, model: ImageTextModel, arm: Arm) -> None:
+        super().__init__()
+        self.model, self.arm = model, arm
+        self.cross = CrossTokens(model) if arm.cross else None
+        if self.cross is not None and arm.weight == 0:
+            self.cross.requires_grad_(False)
+
+    def forward(self, pairs: Pairs) -> Vectors:
+        return reduced_vectors(
+            self.model, self.cross, self.arm.reduction, pairs.pixels, pairs.ids, pairs.mask
+        )
+
+
+def arm_of(name: str, setting: Setting, seed: int) -> Arm:
+    """An arm with the random numbers of a seed.
+
+    Raises:
+        KeyError: for an unknown arm.
+    """
+    return ARMS[name](setting, torch.Generator().manual_seed(3000 + seed))
+
+
+def fine_tune(
+    name: str, base: ImageTextModel, setting: Setting, pairs: Pairs, seed: int
+) -> tuple[Reduced, Float[Tensor, " steps"]]:
+    """A fine-tuned copy of the base for one arm, and the contrastive loss of every step in nats."""
+    model = untrained(setting.shape, seed).to(pairs.ids.device)
+    model.load_state_dict(base.state_dict())
+    reduced = Reduced(model, arm_of(name, setting, seed)).to(pairs.ids.device)
+    losses = []
+
+    def loss(reduced: Reduced, index: Tensor) -> Tensor:
+        total, contrastive = crossget_loss(reduced.model, reduced(pairs[index]), reduced.arm.weight)
+        losses.append(contrastive.item())
+        return total
+
+    batches = index_batches(len(pairs), setting.batch, 2000 + seed)
+    plan = setting.plan(reduced.arm.short)
+    train(reduced, batches, loss, plan, groups=decay_matrices)
+    return reduced, torch.tensor(losses)
+
+
+# --- the build -----------------------------------------------------------------------------------
+
+SEEDS = dict.fromkeys(ARMS, 4) | {"text": 3, "both": 3}
+SETTINGS = {
+    "smoke": Setting(TOWERS["smoke"].shape, dict.fromkeys(ARMS, 3), 8, 2, 8, 3e-4, 2, 24, 1, 16),
+    "cpu": Setting(TOWERS["cpu"].shape, SEEDS, 16, 1, 48, 3e-4, 250, 4000, 4, 256),
+    "gpu": Setting(
+        TOWERS["gpu"].shape, dict.fromkeys(ARMS, 8), 20, 2, 512, 1e-4, 600, 20_000, 4, 1000
+    ),
+}
+
+
+def build(target: Path, profile: str) -> None:
+    """Fine-tune all arms of a profile; write weights and losses."""
+    setting = SETTINGS[profile]
+    device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
+    towers = load_towers(profile, device).models["global"]
+    losses: dict[str, list[Tensor]] = {name: [] for name in setting.arms}
+    for seed in range(max(setting.arms.values())):
+        pairs = paired(setting.pictures(setting.scenes, "train", seed)).to(device)
+        for name, seeds in setting.arms.items():
+            if seed < seeds:
+                reduced, loss = fine_tune(name, towers[seed], setting, pairs, seed)
+                save_model(reduced, target / f"{name}-{seed}.safetensors")
+                losses[name].append(loss)
+    for name, rows in losses.items():
+        last = ", ".join(f"{row[-20:].mean():.3f}" for row in rows)
+        print(f"{name}: {last} nats over the last 20 steps", flush=True)
+    save_file({name: torch.stack(rows) for name, rows in losses.items()}, target / LOSSES)
+
+
+@dataclass(frozen=True)
+class TrainedModels:
+    """Towers before fine-tuning, a list over seeds; fine-tuned models by arm; the loss of every step."""
+
+    towers: list[ImageTextModel]
+    arms: dict[str, list[Reduced]]
+    losses: dict[str, Float[Tensor, "seeds steps"]]
+
+
+def load(profile: str = "cpu", device: torch.device | str = "cpu") -> TrainedModels:
+    """The models of a profile in evaluation mode, built on first use."""
+    setting, directory = SETTINGS[profile], backbone_path("crossget", profile)
+
+    def read(name: str, seed: int) -> Reduced:
+        reduced = Reduced(untrained(setting.shape, seed), arm_of(name, setting, seed))
+        load_model(reduced, directory / f"{name}-{seed}.safetensors")
+        return reduced.to(device).eval()
+
+    arms = {name: [read(name, seed) for seed in range(n)] for name, n in setting.arms.items()}
+    towers = load_towers(profile, device).models["global"]
+    return TrainedModels(towers, arms, load_file(directory / LOSSES))
