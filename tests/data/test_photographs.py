@@ -10,7 +10,8 @@ from reattend.data.photographs import photographs, random_crops, spoil
 
 def test_the_two_sides():
     train, test = photographs("train"), photographs("test")
-    assert len(train) == 12 and len(test) == 5
+    assert len(train) == 12
+    assert len(test) == 5
     assert not set(train) & set(test)
     assert min(min(photo.shape[1:]) for photo in train.values()) >= 128
     with pytest.raises(ValueError, match="train, test"):
@@ -21,7 +22,8 @@ def test_crops_are_pieces_of_one_photograph():
     photo = torch.arange(2 * 3 * 20 * 30, dtype=torch.int32).view(2, 3, 20, 30) % 251
     photos = list(photo.to(torch.uint8))
     crops = random_crops(photos, 6, 8, torch.Generator().manual_seed(0))
-    assert crops.shape == (6, 3, 8, 8) and crops.max() <= 1
+    assert crops.shape == (6, 3, 8, 8)
+    assert crops.max() <= 1
     orders = set()
     for crop in (255 * crops).round().to(torch.uint8):
         # turned and mirrored back, each is a window of a photograph
@@ -53,4 +55,5 @@ def test_spoiling_is_pillows_bicubic_and_noise():
         # Pillow's kernel has a = -.5 and is antialiased
         assert np.abs(255 * small[0, channel].numpy() - expected).max() < 0.1
     noisy = spoil(torch.full((1, 3, 100, 100), 0.5), 1, 0.1, generator)
-    assert abs(noisy.std() - 0.1) < 0.003 and abs(noisy.mean() - 0.5) < 0.003
+    assert abs(noisy.std() - 0.1) < 0.003
+    assert abs(noisy.mean() - 0.5) < 0.003

@@ -24,14 +24,18 @@ def test_psnr_of_a_known_difference():
     original = 0.5 * pictures(2, 3, 9, 7) + 0.2
     moved = original + 0.1  # luma rises by 21.9
     expected = 20 * math.log10(255 / 21.9)
-    torch.testing.assert_close(psnr(moved, original), torch.full((2,), expected).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        psnr(moved, original), torch.full((2,), expected).double(), atol=1e-4, rtol=0
+    )
     assert psnr(original, original).isinf().all()
     edged = original.clone()
     edged[:, :, 0] += 0.1
     assert psnr(edged, original, border=1).isinf().all()
     assert not psnr(edged, original).isinf().any()
     # What is out of range is clipped first.
-    torch.testing.assert_close(psnr(original + 5, original), psnr(torch.ones_like(original), original))
+    torch.testing.assert_close(
+        psnr(original + 5, original), psnr(torch.ones_like(original), original)
+    )
 
 
 @pytest.mark.parametrize("border", [0, 2])

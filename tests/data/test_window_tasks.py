@@ -11,7 +11,8 @@ def generator(seed=0):
 
 def test_displaced_signs_by_a_loop():
     inputs, targets = displaced_signs(3, 7, 2, generator())
-    assert inputs.shape == (3, 7, 7, 1) and set(inputs.unique().tolist()) == {-1.0, 1.0}
+    assert inputs.shape == (3, 7, 7, 1)
+    assert set(inputs.unique().tolist()) == {-1.0, 1.0}
     known = has_source(7, 2)
     assert known.sum() == 25
     for row in range(7):
@@ -36,13 +37,16 @@ def test_some_sources_lie_in_neither_kind_of_window():
     plain, shifted = source_in_window(16, 2, 8), source_in_window(16, 2, 8, 4)
     neither = has_source(16, 2) & ~plain & ~shifted
     assert neither.sum() == 16
-    assert neither[8, 4] and neither[13, 9] and not neither[8, 8]
+    assert neither[8, 4]
+    assert neither[13, 9]
+    assert not neither[8, 8]
 
 
 def test_the_best_answer_from_n_readings():
     noise, items, side = 3.0, 20_000, 4
     inputs, targets = faint_gain(items, side, noise, generator(1))
-    assert inputs.shape == (items, side, side, 2) and targets.shape == (items, side, side)
+    assert inputs.shape == (items, side, side, 2)
+    assert targets.shape == (items, side, side)
     n = side**2
     best = inputs[..., 0] * inputs[..., 1].mean((1, 2), keepdim=True) * n / (n + noise**2)
     left = (best - targets).square().mean() / targets.square().mean()

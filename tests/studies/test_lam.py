@@ -29,7 +29,7 @@ def test_structure_by_a_loop():
 @pytest.mark.parametrize("sigma", [0.5, 1.2])
 def test_blur_is_scipys(sigma):
     x = picture(2, 11, 13)
-    line = torch.exp(-torch.arange(-4.0, 5, dtype=torch.float64) ** 2 / (2 * (sigma + 1e-5) ** 2))
+    line = torch.exp(-(torch.arange(-4.0, 5, dtype=torch.float64) ** 2) / (2 * (sigma + 1e-5) ** 2))
     line = (line / line.sum()).numpy()
     expected = x.numpy()
     for axis in (1, 2):
@@ -45,12 +45,15 @@ def test_contributions_sum_to_the_rise():
     ).double()
     x = picture(3, 16, 16)
     contributions, rise = local_attribution(model, x, (6, 6), 5, steps=400)
-    assert contributions.shape == x.shape and rise > 0
+    assert contributions.shape == x.shape
+    assert rise > 0
     assert abs(contributions.sum().item() / rise - 1) < 0.01
     # nothing beyond the patch, its forward differences and the two convolutions
     seen = contributions.abs().sum(0) > 0
-    assert not seen[:4].any() and not seen[13:].any()
-    assert seen[4:12, 4:12].all() and not seen[12, 12]  # the last corner has no forward difference
+    assert not seen[:4].any()
+    assert not seen[13:].any()
+    assert seen[4:12, 4:12].all()
+    assert not seen[12, 12]
 
 
 def test_the_network_that_copies_uses_the_patch_alone():
@@ -67,7 +70,8 @@ def test_the_network_that_copies_uses_the_patch_alone():
 
 def test_flat_pictures_have_no_attribution():
     contributions, rise = local_attribution(lambda y: y, torch.full((3, 8, 8), 0.5), (2, 2), 3, 5)
-    assert contributions.abs().max() < 1e-6 and abs(rise) < 1e-4
+    assert contributions.abs().max() < 1e-6
+    assert abs(rise) < 1e-4
 
 
 def test_gini_and_diffusion_index():

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from reattend.trunks.language import parameter_count
 from reattend.vision.hat import (
+    HAT,
     MEAN,
     SIZES,
-    HAT,
     ChannelAttention,
     ChannelBlock,
     HATConfig,
@@ -80,7 +80,9 @@ def dense(module, x, allowed, offset):
 
 def places(height, width, halo=0):
     """Row and column of every place of a padded map, [places, 2], counted from the map's first pixel."""
-    grid = torch.cartesian_prod(torch.arange(-halo, height + halo), torch.arange(-halo, width + halo))
+    grid = torch.cartesian_prod(
+        torch.arange(-halo, height + halo), torch.arange(-halo, width + halo)
+    )
     return grid
 
 
@@ -178,7 +180,8 @@ def test_shift_mask_parts_the_ends_of_the_map(height, width):
     last = mask[-1, -1].view(4, 4, 4, 4)
     assert last[0, 0].sum() == 4  # of the 16, those before both ends
     assert last[0, 0, 1, 1]
-    assert not last[0, 0, 2, 0] and not last[0, 0, 0, 2]
+    assert not last[0, 0, 2, 0]
+    assert not last[0, 0, 0, 2]
 
 
 def test_bad_overlap_is_refused():
@@ -217,7 +220,8 @@ def test_channel_block_sees_the_whole_picture_and_its_placebo_five_by_five():
     seen = reach(randomised(ChannelBlock(6, 2, 3)), 9, 10, 4, 4)
     assert seen.all()
     local = reach(randomised(ChannelBlock(6, 2, 3, blind=True)), 9, 10, 4, 4)
-    assert local.sum() == 25 and local[2:7, 2:7].all()
+    assert local.sum() == 25
+    assert local[2:7, 2:7].all()
 
 
 def norm(layer, x):
@@ -345,7 +349,11 @@ OFFICIAL = HATConfig(dim=12, groups=1, blocks=2, heads=3, window=4, squeeze=6)
 
 def official_shapes(config, scale=2, features=64):
     """Names and shapes of the official checkpoint's parameters, with one group of blocks."""
-    dim, hidden, narrow = config.dim, int(config.dim * config.mlp_ratio), config.dim // config.compress
+    dim, hidden, narrow = (
+        config.dim,
+        int(config.dim * config.mlp_ratio),
+        config.dim // config.compress,
+    )
     squeezed, keys = config.dim // config.squeeze, round((1 + config.overlap) * config.window)
 
     def layer(name, outputs, *inputs):
@@ -392,6 +400,14 @@ def test_official_numbers():
     model.load_state_dict(from_official(state, OFFICIAL))
     found = model(waves("picture", (1, 3, 12, 8)).abs())
     assert found.shape == (1, 3, 24, 16)
-    numbers = [found[0, 0, 0, 0], found[0, 1, 11, 7], found[0, 2, 23, 15], found.mean(), found.std()]
+    numbers = [
+        found[0, 0, 0, 0],
+        found[0, 1, 11, 7],
+        found[0, 2, 23, 15],
+        found.mean(),
+        found.std(),
+    ]
     expected = [0.414934, 0.262997, 0.162442, 0.308283, 0.241972]
-    torch.testing.assert_close(torch.stack(numbers), torch.tensor(expected).double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.stack(numbers), torch.tensor(expected).double(), atol=1e-5, rtol=1e-5
+    )

@@ -65,8 +65,9 @@ def random_crops(
             int(torch.randint(side - size + 1, (), generator=generator)) for side in photo.shape[1:]
         )
         crop = photo[:, top : top + size, left : left + size]
-        mirror, turns = torch.randint(2, (), generator=generator), torch.randint(
-            4, (), generator=generator
+        mirror, turns = (
+            torch.randint(2, (), generator=generator),
+            torch.randint(4, (), generator=generator),
         )
         crop = crop.flip(2) if mirror else crop
         crops.append(crop.rot90(int(turns), (1, 2)))

@@ -1,4 +1,4 @@
-"""Local attribution maps (LAM, arXiv 2011.11156) and the diffusion index: which input pixels a patch of the output uses.
+"""Local attribution maps (LAM, arXiv 2011.11156) and the diffusion index: which pixels a patch of the output uses.
 
 Integrated gradients of how much structure the patch shows, along a path from a blurred input to the input.
 """
@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-
-Restorer = Callable[[Tensor], Tensor]
 
 
 def structure(outputs: Float[Tensor, "batch channels rows columns"]) -> Float[Tensor, " batch"]:
@@ -35,38 +33,51 @@ def blurred(
     return F.conv2d(padded, kernel, groups=len(picture))[0]
 
 
+def path_contributions(
+    measure: Callable[[Tensor], Float[Tensor, " steps"]], path: Float[Tensor, "steps ..."]
+) -> tuple[Float[Tensor, ...], float]:
+    """Integrated gradients: what every input adds to a measure along a path; and what they add in all.
+
+    Each step's move times the gradient at its end. Contributions sum to the measure's rise from the
+    path's start to its end, up to the error of finite steps.
+
+    Args:
+        measure: a number for each input of a batch.
+    """
+    inputs = path.detach().requires_grad_()
+    found = measure(inputs)
+    (gradients,) = torch.autograd.grad(found.sum(), inputs)
+    contributions = (gradients[1:].nan_to_num() * path.diff(dim=0)).sum(0)
+    return contributions, (found[-1] - found[0]).item()
+
+
 def local_attribution(
-    restorer: Restorer,
+    restorer: Callable[[Tensor], Tensor],
     picture: Float[Tensor, "channels height width"],
     corner: tuple[int, int],
     side: int,
     steps: int = 50,
     sigma: float = 1.2,
 ) -> tuple[Float[Tensor, "channels height width"], float]:
-    """What every input pixel adds to the structure of a patch of the output; and what they add in all.
+    """LAM: what every input pixel adds to the structure of a patch of the output; and what they add in all.
 
-    The path blurs the input by `sigma` at first and not at all in the end. The contributions sum to the
-    second number, the rise of the structure along the path, up to the error of `steps` steps.
+    The path blurs the input by `sigma` at first and not at all in the end. Where the structure has no
+    gradient (an edge of length 0) nothing is added.
 
     Args:
         restorer: of a batch of pictures.
         corner: upper left pixel of the patch in the output.
         side: of the patch, in pixels of the output.
     """
-    shares = torch.linspace(sigma, 0, steps + 1)
-    path = torch.stack([blurred(picture, share.item()) for share in shares])
-    path[-1] = picture
-    inputs = path.detach().requires_grad_()
+    sigmas = torch.linspace(sigma, 0, steps + 1)[:-1].tolist()
+    path = torch.stack([blurred(picture, one) for one in sigmas] + [picture])
     top, left = corner
-    patch = restorer(inputs)[..., top : top + side, left : left + side]
-    found = structure(patch)
-    (gradients,) = torch.autograd.grad(found.sum(), inputs)
-    moves = path[1:] - path[:-1]
-    contributions = (gradients[1:].nan_to_num() * moves).sum(0)
-    return contributions, (found[-1] - found[0]).item()
+    return path_contributions(
+        lambda inputs: structure(restorer(inputs)[..., top : top + side, left : left + side]), path
+    )
 
 
-def gini(values: Float[Tensor, "..."]) -> float:
+def gini(values: Float[Tensor, ...]) -> float:
     """Gini coefficient of non-negative numbers: 0 when all are equal, 1 - 1/n when one holds all."""
     ordered = values.flatten().double().sort().values
     n = len(ordered)

@@ -6,13 +6,13 @@ in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ from reattend.data.window_tasks import Maps, displaced_signs, faint_gain, has_so
 from reattend.training.loop import TrainingLog, TrainingPlan, train
 from reattend.vision.hat import HAT, ChannelAttention, HATConfig, HybridGroup, initialise
 
-KEPT = "tasks.safetensors"
+KEPT = "losses.safetensors"
 
 ARMS: dict[str, dict[str, str | float]] = {
     "SwinIR": {"cab": "off", "ocab": "off"},
@@ -52,7 +52,6 @@ class Task:
     steps: int
     batch: int
     rate: float
-    test_maps: int
     distance: int = 0
     noise: float = 0.0
 
@@ -61,10 +60,6 @@ class Task:
         if self.distance:
             return displaced_signs(items, self.side, self.distance, generator)
         return faint_gain(items, self.side, self.noise, generator)
-
-    def asked(self) -> Bool[Tensor, "side side"]:
-        """Pixels that have an answer."""
-        return has_source(self.side, self.distance)
 
 
 @dataclass(frozen=True)
@@ -79,14 +74,14 @@ class Restoration:
     steps: int
     batch: int
     rate: float
-    convolutions: int
 
 
 @dataclass(frozen=True)
 class Setting:
     """What one profile trains, every arm with the seeds 0, 1, ..., `seeds` - 1 (or `restorers` - 1)."""
 
-    tasks: tuple[Task, ...]
+    signs: Task
+    gain: Task
     seeds: int
     restoration: Restoration
     restorers: int
@@ -109,80 +104,7 @@ def plan_of(steps: int, rate: float) -> TrainingPlan:
     return TrainingPlan(steps, rate, weight_decay=0.0, warmup=steps // 15, fused=True)
 
 
-# Window tasks -------------------------------------------------------------------------------------
-
-
-class TaskNetwork(nn.Module):
-    """One group between two linear maps: without the 3 x 3 convolutions around it, blocks alone move anything."""
-
-    def __init__(self, config: HATConfig, channels: int) -> None:
-        super().__init__()
-        self.embed = nn.Linear(channels, config.dim)
-        self.group = HybridGroup(replace(config, conv=False), [0.0] * config.blocks)
-        self.norm = nn.LayerNorm(config.dim)
-        self.read = nn.Linear(config.dim, 1)
-        initialise(self, std=0.1)
-        nn.init.normal_(self.embed.weight)
-        nn.init.normal_(self.embed.bias)
-
-    def forward(
-        self, inputs: Float[Tensor, "batch side side channels"]
-    ) -> Float[Tensor, "batch side side"]:
-        return self.read(self.norm(self.group(self.embed(inputs))))[..., 0]
-
-
-def alike(build: Callable[[HATConfig], nn.Module], config: HATConfig, arm: str, seed: int):
-    """The network of an arm; those of one seed start with the same weights in all that they share.
-
-    Raises:
-        ValueError: for an unknown arm; lists the known ones.
-    """
-    if arm not in ARMS:
-        raise ValueError(f"unknown arm '{arm}'; there are: {', '.join(ARMS)}")
-    torch.manual_seed(seed)
-    model = build(replace(config, **ARMS[arm]))
-    torch.manual_seed(seed)
-    full = build(config).state_dict()
-    own = model.state_dict()
-    shared = {k: v for k, v in full.items() if k in own and v.shape == own[k].shape}
-    model.load_state_dict(own | shared)
-    return model
-
-
-def fit_task(
-    task: Task, arm: str, seed: int, device: torch.device | str = "cpu"
-) -> tuple[TaskNetwork, TrainingLog]:
-    """A network trained on fresh maps: the squared error at all pixels that have an answer."""
-    channels = 1 if task.distance else 2
-    model = alike(partial(TaskNetwork, channels=channels), task.config, arm, seed).to(device)
-    generator = Generator().manual_seed(1000 + seed)
-    asked = task.asked().to(device)
-
-    def batches() -> Iterator[Maps]:
-        while True:
-            drawn = task.draw(task.batch, generator)
-            yield Maps(drawn.inputs.to(device), drawn.targets.to(device))
-
-    def loss(model: nn.Module, maps: Maps) -> Tensor:
-        return (model(maps.inputs) - maps.targets)[:, asked].square().mean()
-
-    log = train(model, batches(), loss, plan_of(task.steps, task.rate), groups=faster_tables)
-    return model, log
-
-
-@torch.no_grad()
-def task_errors(
-    model: nn.Module, task: Task, seed: int = 99, batch: int = 50
-) -> Float[Tensor, "side side"]:
-    """Squared error of every pixel on new maps, over the variance of the targets; both tasks' is 1."""
-    device = next(model.parameters()).device
-    maps = task.draw(task.test_maps, Generator().manual_seed(seed))
-    answers = torch.cat([model(part.to(device)).cpu() for part in maps.inputs.split(batch)])
-    variance = maps.targets[:, task.asked()].square().mean()
-    return (answers - maps.targets).square().mean(0) / variance
-
-
-# Photographs --------------------------------------------------------------------------------------
+# Networks -----------------------------------------------------------------------------------------
 
 
 class ResidualConvolutions(nn.Module):
@@ -203,20 +125,96 @@ class ResidualConvolutions(nn.Module):
         return x + self.body(x.movedim(-1, 1)).movedim(1, -1)
 
 
+def rival_body(arm: str, config: HATConfig) -> nn.Sequential:
+    """What stands in the place of the groups in EDSR and RCAN: two residual blocks for every group."""
+    return nn.Sequential(
+        *(
+            ResidualConvolutions(config.dim, config.squeeze, RIVALS[arm])
+            for _ in range(2 * config.groups)
+        )
+    )
+
+
+class TaskNetwork(nn.Module):
+    """Groups between two linear maps: without the 3 x 3 convolutions around them, blocks alone move anything."""
+
+    def __init__(self, config: HATConfig, channels: int) -> None:
+        super().__init__()
+        rates = [0.0] * config.blocks
+        self.embed = nn.Linear(channels, config.dim)
+        self.layers = nn.Sequential(*(HybridGroup(config, rates) for _ in range(config.groups)))
+        self.norm = nn.LayerNorm(config.dim)
+        self.read = nn.Linear(config.dim, 1)
+        initialise(self, std=0.1)
+        nn.init.normal_(self.embed.weight)
+        nn.init.normal_(self.embed.bias)
+
+    def forward(
+        self, inputs: Float[Tensor, "batch side side channels"]
+    ) -> Float[Tensor, "batch side side"]:
+        return self.read(self.norm(self.layers(self.embed(inputs))))[..., 0]
+
+
+Network = TaskNetwork | HAT
+
+
+def untrained(
+    make: Callable[[HATConfig], Network], config: HATConfig, arm: str, seed: int
+) -> Network:
+    """The network of an arm; those of one seed start with the same weights in all that they share.
+
+    Raises:
+        ValueError: for an unknown arm; lists the known ones.
+    """
+    if arm not in ARMS | RIVALS:
+        raise ValueError(f"unknown arm '{arm}'; there are: {', '.join(ARMS | RIVALS)}")
+    torch.manual_seed(seed)
+    model = make(replace(config, **ARMS.get(arm, ARMS["SwinIR"])))
+    if arm in RIVALS:
+        model.layers = rival_body(arm, config)
+    torch.manual_seed(seed)
+    full, own = make(config).state_dict(), model.state_dict()
+    shared = {k: v for k, v in full.items() if k in own and v.shape == own[k].shape}
+    model.load_state_dict(own | shared)
+    return model
+
+
+# Window tasks -------------------------------------------------------------------------------------
+
+
+def untrained_solver(arm: str, task: Task, seed: int) -> TaskNetwork:
+    """A network of a window task before training."""
+    channels = 1 if task.distance else 2
+    return untrained(partial(TaskNetwork, channels=channels), task.config, arm, seed)
+
+
+def fit_solver(
+    arm: str, task: Task, seed: int, device: torch.device | str = "cpu"
+) -> tuple[TaskNetwork, TrainingLog]:
+    """A network trained on fresh maps: the squared error at all pixels that have an answer."""
+    model = untrained_solver(arm, task, seed).to(device)
+    generator = Generator().manual_seed(1000 + seed)
+    asked = has_source(task.side, task.distance).to(device)
+
+    def batches() -> Iterator[Maps]:
+        while True:
+            drawn = task.draw(task.batch, generator)
+            yield Maps(drawn.inputs.to(device), drawn.targets.to(device))
+
+    def loss(model: nn.Module, maps: Maps) -> Tensor:
+        return (model(maps.inputs) - maps.targets)[:, asked].square().mean()
+
+    log = train(model, batches(), loss, plan_of(task.steps, task.rate), groups=faster_tables)
+    return model, log
+
+
+# Photographs --------------------------------------------------------------------------------------
+
+
 def untrained_restorer(arm: str, setting: Restoration, seed: int) -> HAT:
     """A network that starts from the spoilt picture itself, or its bicubic enlargement."""
-
-    def build(config: HATConfig) -> HAT:
-        return HAT(config, setting.scale, skip=True, features=config.dim)
-
-    model = alike(build, setting.config, "SwinIR" if arm in RIVALS else arm, seed)
-    if arm in RIVALS:
-        torch.manual_seed(seed)
-        dim, squeeze = setting.config.dim, setting.config.squeeze
-        count = range(setting.convolutions)
-        blocks = (ResidualConvolutions(dim, squeeze, RIVALS[arm]) for _ in count)
-        model.layers = nn.Sequential(*blocks)
-    return model
+    make = partial(HAT, scale=setting.scale, skip=True, features=setting.config.dim)
+    return untrained(make, setting.config, arm, seed)
 
 
 def fit_restorer(
@@ -244,75 +242,111 @@ def fit_restorer(
 
 
 WINDOWS = HATConfig(
-    dim=16, groups=1, blocks=2, heads=4, window=8, compress=2, squeeze=2, alpha=1.0, conv=False
+    dim=16, groups=1, blocks=2, heads=4, window=8, compress=2, squeeze=2, alpha=0.1, conv=False
 )
-TASK_ARMS = tuple(arm for arm in ARMS if arm != "HAT, placebo")
-PARTS = ("SwinIR", "+ OCAB", "+ CAB", "HAT", "HAT, placebo", *RIVALS)
-SETTINGS: dict[str, Setting] = {}
+SMALLER = replace(WINDOWS, heads=2, window=4)
+SIGN_ARMS = (*tuple(ARMS)[:4], "+ CAB, blind")
+GAIN_ARMS = ("SwinIR", "+ CAB", "+ CAB, blind", "HAT", "HAT, placebo", *RIVALS)
+SIGNS = Task("displaced signs", SIGN_ARMS, WINDOWS, 16, 300, 12, 5e-3, distance=2)
+GAIN = Task("faint gain", GAIN_ARMS, SMALLER, 24, 400, 8, 5e-3, noise=5.0)
+PHOTOGRAPHIC = HATConfig(dim=24, groups=1, blocks=2, heads=3, window=8, squeeze=6, alpha=0.1)
+LARGER = HATConfig(dim=48, groups=2, blocks=4, heads=6, window=16, squeeze=12)
+FEW_PARTS = ("SwinIR", "HAT", "HAT, placebo", "RCAN")
+DENOISING = Restoration(FEW_PARTS, PHOTOGRAPHIC, 1, 25 / 255, 32, 200, 8, 2e-3)
+ALL_PARTS = ("SwinIR", "+ OCAB", "+ CAB", "HAT", "HAT, placebo", *RIVALS)
+SETTINGS = {
+    "smoke": Setting(
+        signs=replace(SIGNS, steps=2, batch=2),
+        gain=replace(GAIN, side=8, steps=2, batch=2),
+        seeds=3,
+        restoration=replace(DENOISING, crop=16, steps=2, batch=1),
+        restorers=1,
+    ),
+    "cpu": Setting(
+        signs=SIGNS,
+        gain=GAIN,
+        seeds=4,
+        restoration=DENOISING,
+        restorers=2,
+    ),
+    "gpu": Setting(
+        signs=SIGNS,
+        gain=GAIN,
+        seeds=8,
+        restoration=Restoration(ALL_PARTS, LARGER, 4, 0.0, 48, 800, 16, 1e-3),
+        restorers=2,
+    ),
+}
 
 
-def _file(arm: str, seed: int) -> str:
-    return f"{arm.replace(',', '').replace(' ', '-')}-{seed}.safetensors"
+def _file(kind: str, arm: str, seed: int) -> str:
+    return f"{kind}-{arm.replace(',', '').replace(' ', '-')}-{seed}.safetensors"
+
+
+def _fits(setting: Setting) -> dict[str, tuple[Sequence[str], int, Callable, Callable]]:
+    """What is trained, by kind: its arms, its seeds, how a network is made and how it is trained."""
+    kinds = {task.name: (task, setting.seeds) for task in (setting.signs, setting.gain)}
+    fits = {
+        name: (
+            task.arms,
+            seeds,
+            partial(untrained_solver, task=task),
+            partial(fit_solver, task=task),
+        )
+        for name, (task, seeds) in kinds.items()
+    }
+    pictures = setting.restoration
+    fits["restoration"] = (
+        pictures.arms,
+        setting.restorers,
+        partial(untrained_restorer, setting=pictures),
+        partial(fit_restorer, setting=pictures),
+    )
+    return fits
 
 
 def build(target: Path, profile: str) -> None:
-    """Train all arms of a profile; write the tasks' error maps and losses, and the restorers' weights and losses."""
-    setting = SETTINGS[profile]
+    """Train all arms of a profile; write weights and losses."""
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
     kept = {}
-    for task in setting.tasks:
-        for arm in task.arms:
-            runs = [fit_task(task, arm, seed, device) for seed in range(setting.seeds)]
-            errors = torch.stack([task_errors(model, task) for model, _ in runs])
-            kept[f"{task.name}: errors of {arm}"] = errors
-            kept[f"{task.name}: losses of {arm}"] = torch.tensor([log.losses for _, log in runs])
-            shown = ", ".join(f"{one[task.asked()].mean():.3f}" for one in errors)
-            print(f"{task.name}, {arm}: error {shown}", flush=True)
-    for arm in setting.restoration.arms:
-        losses = []
-        for seed in range(setting.restorers):
-            model, log = fit_restorer(arm, setting.restoration, seed, device)
-            save_model(model, target / _file(arm, seed))
-            losses.append(log.losses)
-        kept[f"restoration: losses of {arm}"] = torch.tensor(losses)
-        print(f"restoration, {arm}: {', '.join(f'{loss[-1]:.4f}' for loss in losses)}", flush=True)
+    for kind, (arms, seeds, _, fit) in _fits(SETTINGS[profile]).items():
+        for arm in arms:
+            losses = []
+            for seed in range(seeds):
+                model, log = fit(arm, seed=seed, device=device)
+                save_model(model, target / _file(kind, arm, seed))
+                losses.append(log.losses)
+            kept[f"{kind}: {arm}"] = torch.tensor(losses)
+            last = kept[f"{kind}: {arm}"][:, -20:].mean(1).tolist()
+            print(f"{kind}, {arm}: loss {', '.join(f'{loss:.4f}' for loss in last)}", flush=True)
     save_file(kept, target / KEPT)
 
 
 @dataclass(frozen=True)
 class HatModels:
-    """What was trained.
+    """What was trained, by kind ("displaced signs", "faint gain", "restoration") and arm.
 
     Attributes:
-        errors: task -> arm -> error of every pixel over the targets' variance, [seeds, side, side].
-        restorers: arm -> trained networks, one a seed.
-        losses: task (or "restoration") -> arm -> training loss, [seeds, steps].
+        networks: trained networks, one a seed, in evaluation mode.
+        losses: training loss of every step, [seeds, steps].
     """
 
-    errors: dict[str, dict[str, Float[Tensor, "seeds side side"]]]
-    restorers: dict[str, list[HAT]]
+    networks: dict[str, dict[str, list[Network]]]
     losses: dict[str, dict[str, Float[Tensor, "seeds steps"]]]
 
 
 def load(profile: str = "cpu", device: torch.device | str = "cpu") -> HatModels:
-    """The results and networks of a profile, built on first use."""
-    setting, directory = SETTINGS[profile], backbone_path("hat", profile)
+    """The networks of a profile, built on first use."""
+    directory = backbone_path("hat", profile)
     kept = load_file(directory / KEPT)
-    arms = {task.name: task.arms for task in setting.tasks}
 
-    def read(arm: str, seed: int) -> HAT:
-        model = untrained_restorer(arm, setting.restoration, seed)
-        load_model(model, directory / _file(arm, seed))
+    def read(kind: str, arm: str, seed: int, make: Callable) -> Network:
+        model = make(arm, seed=seed)
+        load_model(model, directory / _file(kind, arm, seed))
         return model.to(device).eval()
 
-    return HatModels(
-        {n: {arm: kept[f"{n}: errors of {arm}"] for arm in some} for n, some in arms.items()},
-        {
-            arm: [read(arm, seed) for seed in range(setting.restorers)]
-            for arm in setting.restoration.arms
-        },
-        {
-            n: {arm: kept[f"{n}: losses of {arm}"] for arm in some}
-            for n, some in (arms | {"restoration": setting.restoration.arms}).items()
-        },
-    )
+    networks, losses = {}, {}
+    for kind, (arms, seeds, make, _) in _fits(SETTINGS[profile]).items():
+        networks[kind] = {a: [read(kind, a, seed, make) for seed in range(seeds)] for a in arms}
+        losses[kind] = {arm: kept[f"{kind}: {arm}"] for arm in arms}
+    return HatModels(networks, losses)
