@@ -92,7 +92,9 @@ def test_training_repeats_itself_and_learns():
     task = replace(SIGNS, steps=40, batch=4)
     first, log = fit_solver("+ OCAB", task, 0)
     again, _ = fit_solver("+ OCAB", task, 0)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
+    )
     assert sum(log.losses[-5:]) < 0.95 * sum(log.losses[:5])
     setting = replace(DENOISING, steps=12, batch=2, crop=16)
     _, log = fit_restorer("RCAN", setting, 0)

@@ -76,7 +76,9 @@ def test_best_answer_in_closed_form():
 
 def test_pixels_seen_by_a_convolution():
     convolution = nn.Conv2d(3, 2, 3, padding=1)
-    seen = pixels_seen(lambda x: convolution(x.movedim(-1, 1)).movedim(1, -1), torch.rand(1, 6, 7, 3), (2, 3))
+    seen = pixels_seen(
+        lambda x: convolution(x.movedim(-1, 1)).movedim(1, -1), torch.rand(1, 6, 7, 3), (2, 3)
+    )
     expected = torch.zeros(6, 7, dtype=torch.bool)
     expected[1:4, 2:5] = True
     assert torch.equal(seen, expected)
@@ -100,9 +102,11 @@ def test_contributions_of_a_mean_are_the_readings():
 
 def test_crops_lie_in_the_photographs():
     crops = middle_crops(16)
-    assert len(crops) == 5 and all(c.shape == (4, 3, 16, 16) for c in crops.values())
+    assert len(crops) == 5
+    assert all(c.shape == (4, 3, 16, 16) for c in crops.values())
     patches = structured_patches(2, 48, 8)
-    assert len(patches) == 10 and len({p.sum().item() for p in patches.values()}) == 10
+    assert len(patches) == 10
+    assert len({p.sum().item() for p in patches.values()}) == 10
     detail = [p[:, 20:28, 20:28].std().item() for p in patches.values()]
     plain = [c[0, :, 4:12, 4:12].std().item() for c in crops.values()]
     assert sum(detail) / len(detail) > sum(plain) / len(plain)
@@ -113,7 +117,9 @@ def test_scores_of_untrained_restorers_are_those_of_the_input():
     scores = photograph_scores(models, DENOISING, 16)
     table = scores.pivot_table(index="arm", columns="photograph", values="psnr")
     assert table.shape == (2, 5)
-    torch.testing.assert_close(*(torch.tensor(table.loc[a].to_numpy()) for a in ("input", "SwinIR")))
+    torch.testing.assert_close(
+        *(torch.tensor(table.loc[a].to_numpy()) for a in ("input", "SwinIR"))
+    )
     # noise of 25 on three channels, weighed 65, 129 and 25, is noise of 14.4 on luma
     assert (table.loc["input"] - 24.97).abs().max() < 1.5
 
@@ -124,7 +130,8 @@ def test_attribution_of_a_copy_is_its_patch():
     found, _ = attribution(model, DENOISING, crop, 4, 20)
     seen = found.abs().sum(0) > 1e-9
     assert seen[6:9, 6:9].all()
-    assert not seen[:6].any() and not seen[:, 10:].any()
+    assert not seen[:6].any()
+    assert not seen[:, 10:].any()
     indices, missed = diffusion([model], DENOISING, {"one": crop, "two": crop.flip(1)}, 4, 20)
     assert indices.shape == missed.shape == (1, 2)
     assert indices.max() < 100 * 16 / 256

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from reattend.backbones.trained.hat import Restoration, Task, TaskNetwork
 from reattend.data.photographs import photographs, spoil
@@ -22,7 +22,9 @@ from reattend.vision.hat import HAT, SIZES, enlarge
 
 
 def pixels_seen(
-    module: nn.Module, x: Float[Tensor, "1 height width dim"], pixel: tuple[int, int]
+    module: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "1 height width dim"],
+    pixel: tuple[int, int],
 ) -> Bool[Tensor, "height width"]:
     """Pixels of a map on which the output at one pixel depends, by its gradient."""
     x = x.detach().requires_grad_()

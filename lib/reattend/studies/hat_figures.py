@@ -35,16 +35,20 @@ def grid_lines(axis: Axes, side: int, window: int, shift: int = 0, **style) -> N
 
 
 def draw_reach(
-    seen: Mapping[str, Bool[Tensor, "side side"]], pixel: tuple[int, int], window: int
+    seen: Mapping[str, Bool[Tensor, "side side"]],
+    pixel: tuple[int, int],
+    source: tuple[int, int],
+    window: int,
 ) -> Figure:
-    """Which pixels one pixel reads, by layer; the pixel is framed red, lines are the windows' borders."""
+    """Which pixels one pixel (red) reads, by layer, and whether a source (orange) is among them; lines are borders."""
     figure, axes = plt.subplots(1, len(seen), figsize=(2.35 * len(seen), 2.7))
     for axis, (name, found) in zip(axes, seen.items(), strict=True):
         axis.imshow(found.numpy(), cmap="Blues", vmin=0, vmax=1.6)
         shift = window // 2 if "shifted" in name else 0
         grid_lines(axis, len(found), window, shift, color="black", lw=0.6)
-        corner = (pixel[1] - 0.5, pixel[0] - 0.5)
-        axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="red", lw=2))
+        for (row, column), colour in ((pixel, "red"), (source, COLOURS[1])):
+            corner = (column - 0.5, row - 0.5)
+            axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=2))
         axis.set_title(f"{name}\n{int(found.sum())} pixels", fontsize=9)
         axis.axis("off")
     return figure
@@ -54,24 +58,23 @@ def draw_errors(
     panels: Mapping[str, Mapping[str, Float[Tensor, " seeds"]]],
     lines: Mapping[str, Mapping[str, float]],
 ) -> Figure:
-    """A panel for each kind of pixel: error of every arm and seed, mean and 95 % interval, log scale.
+    """A panel for each kind of pixel: error of every arm and seed, mean and 95 % interval.
 
     Args:
         lines: panel -> what a dotted line says -> where it stands.
     """
     most = max(len(arms) for arms in panels.values())
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 0.36 * most + 1.6))
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.9 * len(panels), 0.36 * most + 1.6))
     for axis, (title, arms) in zip(axes, panels.items(), strict=True):
         for place, (arm, values) in enumerate(arms.items()):
             mean_point(axis, values.numpy(), place, colour_of(arm))
         for number, (name, value) in enumerate(lines.get(title, {}).items()):
             axis.axvline(value, color="black", ls=(":", "--")[number % 2], lw=1, label=name)
-        if title in lines:
-            axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.6), fontsize=8)
-        axis.set(xscale="log", xlabel="error, % of variance", xlim=(None, 150))
+        axis.set(xlabel="error, % of variance", xlim=(-4, 110))
         axis.set_title(title, fontsize=9)
         axis.set_yticks(range(len(arms)), list(arms))
         axis.invert_yaxis()
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return figure
 
 
