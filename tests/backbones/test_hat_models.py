@@ -106,3 +106,12 @@ def test_every_profile_is_told():
     for setting in SETTINGS.values():
         assert set(setting.signs.arms) <= set(ARMS)
         assert set(setting.restoration.arms) <= set(ARMS) | set(RIVALS)
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu"])
+def test_restorers_of_every_profile_take_a_step(profile):
+    setting = replace(SETTINGS[profile].restoration, steps=1, batch=1)
+    model, log = fit_restorer("HAT", setting, 0)
+    assert len(log.losses) == 1
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert model(x).shape == (1, 3, 32 * setting.scale, 32 * setting.scale)

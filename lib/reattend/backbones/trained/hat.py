@@ -273,7 +273,7 @@ SETTINGS = {
         signs=SIGNS,
         gain=GAIN,
         seeds=8,
-        restoration=Restoration(ALL_PARTS, LARGER, 4, 0.0, 48, 800, 16, 1e-3),
+        restoration=Restoration(ALL_PARTS, LARGER, 4, 0.0, 32, 800, 16, 1e-3),
         restorers=2,
     ),
 }
