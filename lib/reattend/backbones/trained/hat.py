@@ -272,8 +272,8 @@ SETTINGS = {
     "gpu": Setting(
         signs=SIGNS,
         gain=GAIN,
-        seeds=8,
-        restoration=Restoration(ALL_PARTS, LARGER, 4, 0.0, 32, 800, 16, 1e-3),
+        seeds=6,
+        restoration=Restoration(ALL_PARTS, LARGER, 4, 0.0, 32, 500, 16, 1e-3),
         restorers=2,
     ),
 }
