@@ -140,11 +140,12 @@ def draw_attributions(
 
 
 def draw_gain_maps(maps: Mapping[str, Float[Tensor, "side side"]], window: int) -> Figure:
-    """What every reading adds to the answer at the framed middle pixel, each map on its own scale, 0 white."""
+    """What every reading adds to the answer at the framed middle pixel: signed roots, each map on its own scale."""
     figure, axes = plt.subplots(1, len(maps), figsize=(1.9 * len(maps), 2.5))
     for axis, (title, found) in zip(axes, maps.items(), strict=True):
-        most, middle = found.abs().max().item(), len(found) // 2
-        axis.imshow(found.numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
+        roots, middle = found.sign() * found.abs().sqrt(), len(found) // 2
+        most = roots.abs().max().item()
+        axis.imshow(roots.numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
         grid_lines(axis, len(found), window, color="black", lw=0.3)
         axis.add_patch(Rectangle((middle - 0.5,) * 2, 1, 1, fill=False, edgecolor="lime", lw=1.5))
         axis.set_title(title, fontsize=9)

@@ -7,7 +7,7 @@ A SwinIR whose windows of M x M pixels are helped in two ways:
     OCAB    overlapping cross-attention: the queries of an M x M window read keys and values from the
             M_o x M_o pixels around it, M_o = (1 + gamma) M, so that windows overlap
 
-A group (RHAG) is M HABs, one OCAB and a convolution. Maps are [batch, height, width, channels]
+A group (RHAG) is several HABs, one OCAB and a convolution. Maps are [batch, height, width, channels]
 inside the groups. Names follow the official code, so that its checkpoints load by `from_official`.
 """
 
