@@ -41,7 +41,7 @@ def draw_reach(
     window: int,
 ) -> Figure:
     """Which pixels one pixel (red) reads, by layer, and whether a source (orange) is among them; lines are borders."""
-    figure, axes = plt.subplots(1, len(seen), figsize=(2.35 * len(seen), 2.7))
+    figure, axes = plt.subplots(1, len(seen), figsize=(2.35 * len(seen), 3.0))
     for axis, (name, found) in zip(axes, seen.items(), strict=True):
         axis.imshow(found.numpy(), cmap="Blues", vmin=0, vmax=1.6)
         shift = window // 2 if "shifted" in name else 0
@@ -174,7 +174,8 @@ def draw_diffusion(
             mean_point(axes[2], errors[arm].numpy(), place, colour_of(arm))
     axes[0].set_yticks(range(len(indices)), list(indices))
     axes[0].invert_yaxis()
-    axes[0].set(xlabel="diffusion index", title="here: faint gain", xlim=(0, 62))
-    axes[1].set(xlabel="diffusion index", title="reported: photographs, x4", xlim=(0, 62))
+    axes[0].set(xlabel="diffusion index", title="here: faint gain", xlim=(0, None))
+    axes[1].set(xlabel="diffusion index", title="reported: photographs, x4")
+    axes[1].set_xlim(axes[0].get_xlim())
     axes[2].set(xlabel="error, % of variance", title="here: faint gain", xlim=(0, None))
     return figure
