@@ -1,5 +1,7 @@
 """The text-to-image backbone and its judge at their smallest, and what is measured of them."""
 
+import math
+
 import pytest
 import torch
 from torch import Generator
@@ -77,7 +79,8 @@ def test_loss_of_a_sure_judge_is_small_when_right_and_large_when_wrong():
     assert judge_loss(told(counts.flip(1), pairs), scenes) > 1
     assert judge_loss(told(counts, pairs.flip(2)), scenes) > 1
     flat = Judgement(torch.zeros(40, 8, 3), torch.zeros(40, 8, 4))
-    assert judge_loss(flat, scenes).item() == pytest.approx(torch.log(torch.tensor(6.0)).item())
+    expected = math.log(3) + len(COLOURS) * math.log(2)
+    assert judge_loss(flat, scenes).item() == pytest.approx(expected)
 
 
 def test_judge_scenes_hold_none_to_three_things_and_repeats():
@@ -93,7 +96,7 @@ def test_roughening_keeps_shapes_and_brightness():
     assert rough.shape == pixels.shape
     torch.testing.assert_close(rough.mean((1, 2, 3)), pixels.mean((1, 2, 3)), atol=0.03, rtol=0)
     change = (rough - pixels).flatten(1).std(1)
-    assert 0.01 < change.min() < 0.06 < change.max() < 0.35
+    assert change.min() < 0.05 < change.median() < 0.2 < change.max() < 0.5
 
 
 def test_a_short_training_teaches_the_judge_something():
