@@ -1,23 +1,21 @@
-"""What is asked of A-STAR: prompts of two things drawn by several methods from the same noises, and judged."""
+"""What is asked of A-STAR: several methods from the same noises, and overlap and decay at the unmodified model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Generator, Tensor
+from torch import Tensor
 
-from reattend.backbones.scene_judge import Judgement, SceneJudge
 from reattend.data.prompt_scenes import (
-    END,
     NOUN_AT,
     Prompts,
-    category,
-    empty_captions,
+    matched,
 )
 from reattend.generation.a_star import (
     LatentUpdates,
@@ -27,149 +25,17 @@ from reattend.generation.a_star import (
     half_height_regions,
     of_concepts,
     overlap,
-    processed_maps,
     retention_loss,
     segregation_loss,
     step_sizes,
 )
-from reattend.trunks.diffusion import AttentionHooks, DiffusionUNet, sample
+from reattend.studies.text_to_image import Bench, Drawn
 
 FUNCTION_WORDS_AT = (1, 4)
 """Positions of the first "a" and of "and"."""
 
-# What is drawn --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Prompts, each with several noises, and how they are drawn; the same for all methods.
-
-    Attributes:
-        prompts: one for each picture.
-        item: number of each picture's prompt.
-        chunk: pictures that are drawn together.
-    """
-
-    model: DiffusionUNet
-    judge: SceneJudge
-    prompts: Prompts
-    item: Int[Tensor, " pictures"]
-    noise: Float[Tensor, "pictures 3 side side"]
-    steps: int
-    guidance: float
-    chunk: int = 128
-
-    @classmethod
-    def of(
-        cls,
-        model: DiffusionUNet,
-        judge: SceneJudge,
-        prompts: Prompts,
-        noises: int,
-        seed: int,
-        *,
-        steps: int,
-        guidance: float,
-    ) -> Bench:
-        """`noises` pictures of each prompt, from the noises of a seed."""
-        item = torch.arange(len(prompts)).repeat_interleave(noises)
-        side, generator = model.shape.side, Generator().manual_seed(seed)
-        noise = torch.randn(len(item), 3, side, side, generator=generator)
-        return cls(model, judge, prompts[item], item, noise, steps, guidance)
-
-    def __len__(self) -> int:
-        return len(self.item)
-
-    def part(self, rows: Tensor | slice) -> Bench:
-        """Some of the pictures."""
-        return replace(
-            self, prompts=self.prompts[rows], item=self.item[rows], noise=self.noise[rows]
-        )
-
-    def chunks(self) -> Iterable[Bench]:
-        """Parts that are drawn together."""
-        for start in range(0, len(self), self.chunk):
-            yield self.part(slice(start, start + self.chunk))
-
-    @property
-    def ids(self) -> Int[Tensor, "pictures tokens"]:
-        return self.prompts.ids()
-
-    @property
-    def words(self) -> Bool[Tensor, "pictures tokens"]:
-        """Which tokens are words: neither start, end nor padding."""
-        return self.ids > END
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """The UNet's blocks of the coarsest maps: those that tell things apart."""
-        return self.model.blocks_of_side(min(self.model.blocks.values()))
-
-    def concepts(self, at: Sequence[int] = NOUN_AT) -> Int[Tensor, "pictures concepts"]:
-        """The tokens at these positions as concepts of every picture."""
-        return torch.tensor(at).expand(len(self), -1)
-
-    def draw(
-        self, updates: LatentUpdates | None = None, hooks: AttentionHooks | None = None
-    ) -> Float[Tensor, "pictures 3 side side"]:
-        """All pictures in one batch."""
-        device = next(self.model.parameters()).device
-        return sample(
-            self.model,
-            self.noise.to(device),
-            self.ids.to(device),
-            empty_captions(len(self)).to(device),
-            steps=self.steps,
-            guidance=self.guidance,
-            hooks=AttentionHooks() if hooks is None else hooks,
-            before_step=updates,
-        ).cpu()
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Pictures of one method.
-
-    Attributes:
-        maps: processed maps of all tokens before each step's update; empty where they were not kept.
-        passes: passes through the UNet with a gradient, a picture.
-    """
-
-    pictures: Float[Tensor, "pictures 3 side side"]
-    maps: Float[Tensor, "steps pictures tokens rows columns"]
-    passes: float = 0.0
-
-
-class MapDiary:
-    """Keeps, for each pass, the mean cross-attention map over some blocks and all heads."""
-
-    def __init__(self, blocks: tuple[str, ...]) -> None:
-        self.blocks = blocks
-        self.passes: list[list[Tensor]] = []
-        self.hooks = AttentionHooks(on_map=self._note)
-
-    def _note(self, block: str, kind: str, weights: Tensor) -> None:
-        if kind != "cross" or block not in self.blocks:
-            return
-        if block == self.blocks[0]:
-            self.passes.append([])
-        self.passes[-1].append(weights.mean(1))
-
-    def maps(self, words: Bool[Tensor, "pictures tokens"]) -> Tensor:
-        """Processed maps of the captioned half: [passes, pictures, tokens, rows, columns]."""
-        of_passes = [torch.stack(some).mean(0)[: len(words)] for some in self.passes]
-        return torch.stack([processed_maps(some, words.to(some.device)) for some in of_passes])
-
-
-def draw_plain(bench: Bench) -> Drawn:
-    """The unmodified model, with its maps at every step."""
-    pictures, maps = [], []
-    for part in bench.chunks():
-        diary = MapDiary(part.blocks)
-        pictures.append(part.draw(hooks=diary.hooks))
-        maps.append(diary.maps(part.words).cpu())
-    return Drawn(torch.cat(pictures), torch.cat(maps, 1))
-
+FUNCTION_WORDS_AT = (1, 4)
+"""Positions of the first "a" and of "and"."""
 
 # The methods ------------------------------------------------------------------------------------------
 
@@ -249,6 +115,18 @@ METHODS = {
 }
 """The paper's rows in its order, and two placebos: A-STAR on "a" and "and", L_ret with another picture's masks."""
 
+
+def halves(maps: Tensor) -> Tensor:
+    """A layout drawn by hand: the left half for the first concept, the right half for the second."""
+    masks = torch.zeros_like(maps)
+    middle = maps.shape[-1] // 2
+    masks[:, 0, :, :middle], masks[:, 1, :, middle:] = 1, 1
+    return masks
+
+
+LAYOUT = Method(retain, regions=halves)
+SINGLE_THING = replace(METHODS["A-STAR"], concepts=NOUN_AT[:1])
+"""A-STAR on prompts of one thing, where retention alone is left."""
 VARIANTS = {
     "first quarter of the steps": replace(METHODS["A-STAR"], share=0.25),
     "masks at half height": replace(METHODS["A-STAR"], regions=half_height_regions),
@@ -292,29 +170,37 @@ def draw_steered(bench: Bench, method: Method, scale: float, track: bool = False
     return Drawn(torch.cat(pictures), kept, passes / len(bench))
 
 
-# Judging ----------------------------------------------------------------------------------------------
+# Judging ------------------------------------------------------------------------------------------
 
 
-def scores(bench: Bench, pictures: Float[Tensor, "pictures 3 side side"]) -> pd.DataFrame:
-    """One row a picture: prompt, log-odds of the less certain thing (`weaker`) and with its colour, presence of
-    each and of both, both in their colours, things beyond those asked for, and what reads as the caption."""
-    said: Judgement = bench.judge(pictures)
-    there, paired = said.asked_presence(bench.prompts), said.asked_pairs(bench.prompts)
-    return pd.DataFrame(
-        {
-            "item": bench.item.numpy(),
-            "weaker": there.amin(1).double().numpy(),
-            "weaker pair": paired.amin(1).double().numpy(),
-            "both": (there > 0).all(1).double().numpy(),
-            "both in their colours": ((there > 0) & (paired > 0)).all(1).double().numpy(),
-            "surplus": (said.surplus(bench.prompts) > 0).double().numpy(),
-            "first": (there[:, 0] > 0).numpy(),
-            "second": (there[:, -1] > 0).numpy(),
-            "category": [
-                category([n for n in row if n >= 0]) for row in bench.prompts.nouns.tolist()
-            ],
-        }
-    )
+def means(frames: Mapping[str, pd.DataFrame], seconds: Mapping[str, float]) -> pd.DataFrame:
+    """Table of methods: shares in per cent and mean log-odds over all pictures."""
+    shares = {
+        "both things": "both",
+        "both in their colours": "both in their colours",
+        "more than asked": "surplus",
+    }
+    rows = []
+    for name, frame in frames.items():
+        row = {"method": name} | {title: 100 * frame[c].mean() for title, c in shares.items()}
+        row |= {"weaker thing, log-odds": frame["weaker"].mean()}
+        kinds = frame.groupby("category")["both"].mean()
+        row |= {f"both, {kind}": 100 * share for kind, share in kinds.items()}
+        rows.append(row | {"passes with gradient": seconds.get(name, 0.0)})
+    return pd.DataFrame(rows)
+
+
+def ordered(
+    pictures: Float[Tensor, "pictures 3 side side"], prompts: Prompts
+) -> Float[np.ndarray, " found"]:
+    """1 where the first thing lies left of the second, of those pictures in which the rule finds both."""
+    columns = (
+        matched(pictures)[0].any(3).any(2).double()
+    )  # noun and column, whatever colour and row
+    places = torch.arange(columns.shape[-1]).double()
+    centres = (columns * places).sum(-1) / columns.sum(-1)
+    pair = centres.gather(1, prompts.nouns)
+    return (pair[:, 0] < pair[:, 1]).double()[pair.isfinite().all(1)].numpy()
 
 
 # Overlap and decay at the unmodified model ----------------------------------------------------------
@@ -337,6 +223,37 @@ def placements(
     good = score[~failed]
     below = (score[:, None] > good).mean(1)
     return below + 0.5 * (score[:, None] == good).mean(1)
+
+
+def mean_by_prompt(
+    values: Float[np.ndarray, "steps pictures"],
+    item: Int[np.ndarray, " pictures"],
+    rows: Bool[np.ndarray, " pictures"] | None = None,
+) -> Float[np.ndarray, "prompts steps"]:
+    """Means over the pictures of each prompt, of the chosen `rows` alone; prompts without any are left out."""
+    chosen = np.ones(len(item), dtype=bool) if rows is None else rows
+    return np.stack([values[:, chosen & (item == i)].mean(1) for i in np.unique(item[chosen])])
+
+
+def retention_by_step(
+    maps: Float[Tensor, "steps pictures tokens rows columns"],
+    concepts: Int[Tensor, "pictures concepts"],
+) -> Float[np.ndarray, "later_steps pictures"]:
+    """Eq. 3 at every step but the first, with the masks of the step before."""
+    of_steps = [of_concepts(some, concepts) for some in maps]
+    pairs = pairwise(of_steps)
+    return np.stack([retention_loss(b, active_regions(a)).double().numpy() for a, b in pairs])
+
+
+def split_peaks(
+    peaks: Float[np.ndarray, "steps pictures 2"], missing: Int[np.ndarray, " pictures"]
+) -> dict[str, Float[np.ndarray, "steps pictures"]]:
+    """Peaks of the present and of the missing thing of each picture."""
+    rows = np.arange(peaks.shape[1])
+    return {
+        "the present thing": peaks[:, rows, 1 - missing],
+        "the missing thing": peaks[:, rows, missing],
+    }
 
 
 def peaks(
