@@ -112,6 +112,7 @@ def test_boxes_hold_the_paint_and_do_not_overlap():
         x0, y0, x1, y1 = (scenes.boxes[:, place, i, None, None] for i in range(4))
         covered += (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
     assert covered.max() == 1
+    assert (scenes.boxes[..., :2] % 2 == 0).all()
     painted = scenes.pixels.amin(1) < 0.6
     assert painted.any(2).any(1).all()
     assert not (painted & (covered == 0)).any()

@@ -1,5 +1,6 @@
 """The diffusion trunk: the process by its definitions, and hooks that watch without touching."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -30,10 +31,12 @@ EMPTY = torch.tensor([[1, 2, 0, 0, 0]]).expand(3, -1)
 
 
 def small_unet(seed=0, shape=SHAPE) -> DiffusionUNet:
-    """A model in float64 whose last layer, zero at the start, is random."""
+    """A model in float64 in which every branch adds something."""
     torch.manual_seed(seed)
     model = DiffusionUNet(shape)
-    torch.nn.init.normal_(model.leave[-1].weight, std=0.1)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
     return model.double().eval().requires_grad_(False)
 
 
@@ -81,23 +84,33 @@ def test_clipping_holds_the_picture_and_moves_the_noise_with_it():
     picture, noise = 3 * latents(1), latents(2)
     time, target = torch.full((3,), 0.6).double(), torch.full((3,), 0.4).double()
     x, velocity = noised(picture, noise, time)
-    clipped = ddim_step(x, velocity, time, target)
+    clipped = ddim_step(x, velocity, time, target, (-1.0, 1.0))
     alpha, sigma = alpha_sigma(time)
     implied = (x - alpha * picture.clamp(-1, 1)) / sigma
     torch.testing.assert_close(clipped, noised(picture.clamp(-1, 1), implied, target)[0])
-    free = ddim_step(x, velocity, time, target, clip=False)
+    free = ddim_step(x, velocity, time, target)
     torch.testing.assert_close(free, noised(picture, noise, target)[0])
+
+
+def test_latents_are_pictures_of_mean_zero_and_variance_one_and_back():
+    shape = replace(SHAPE, centre=0.8, spread=0.4)
+    model = DiffusionUNet(shape).double()
+    one = torch.ones(1, 3, 12, 12).double()
+    torch.testing.assert_close(model.latent_of(0.4 * one), -one)
+    assert model.range == pytest.approx((-4.5, 0.5))
+    picture = latents(1).clamp(-1, 1)
+    torch.testing.assert_close(model.picture_of(model.latent_of(picture)), picture)
+    noise, time = latents(2), torch.tensor([0.2, 0.5, 0.9]).double()
+    expected = (
+        noised((picture - 0.8) / 0.4, noise, time)[1].square().mean()
+    )  # it predicts nothing yet
+    torch.testing.assert_close(velocity_loss(model, picture, IDS, noise, time), expected)
+    drawn = sample(model, noise, IDS, EMPTY, steps=1)
+    torch.testing.assert_close(drawn, torch.full_like(drawn, 0.8))
 
 
 def test_sampling_times_run_evenly_from_noise_to_picture():
     torch.testing.assert_close(sampling_times(4), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
-
-
-def test_loss_of_a_model_that_predicts_nothing_is_the_velocity_s_power():
-    model = DiffusionUNet(SHAPE).double()  # its last layer is zero at the start
-    picture, noise, time = latents(1), latents(2), torch.tensor([0.2, 0.5, 0.9]).double()
-    expected = noised(picture, noise, time)[1].square().mean()
-    torch.testing.assert_close(velocity_loss(model, picture, IDS, noise, time), expected)
 
 
 # --- guidance --------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Judgement:
 
 
 class SceneJudge(nn.Module):
-    """Four convolutions, and a linear map of the mean and the maximum over places."""
+    """Four convolutions, and two layers on the mean and the maximum over places."""
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
@@ -79,7 +79,10 @@ class SceneJudge(nn.Module):
             nn.Conv2d(2 * width, 2 * width, 3, padding=1),
             nn.GELU(),
         )
-        self.head = nn.Linear(4 * width, len(NOUNS) * (MOST + 1 + len(COLOURS)))
+        answers = len(NOUNS) * (MOST + 1 + len(COLOURS))
+        self.head = nn.Sequential(
+            nn.Linear(4 * width, 4 * width), nn.GELU(), nn.Linear(4 * width, answers)
+        )
 
     def forward(self, pixels: Float[Tensor, "pictures 3 size size"]) -> Judgement:
         places = self.body(pixels)
@@ -89,10 +92,11 @@ class SceneJudge(nn.Module):
 
 
 def judge_loss(judgement: Judgement, scenes: PromptScenes) -> Float[Tensor, ""]:
-    """Cross-entropy of the counts plus that of noun and colour together, each the mean over its logits."""
+    """Cross-entropy of a noun's count plus those of its colours, mean over nouns."""
     counts, pairs = true_contents(scenes)
     counted = F.cross_entropy(judgement.counts.flatten(0, 1), counts.clamp(max=MOST).flatten())
-    return counted + F.binary_cross_entropy_with_logits(judgement.pairs, pairs)
+    paired = F.binary_cross_entropy_with_logits(judgement.pairs, pairs, reduction="none")
+    return counted + paired.sum(-1).mean()
 
 
 def true_contents(

@@ -1,6 +1,7 @@
 """Prompts of one or two coloured things, and pictures of them: "a red car and a blue duck".
 
-Eight Tux Paint stamps, each painted in four colours, lie apart on a near-white ground. Things of one
+Eight Tux Paint stamps, each painted in four colours, lie apart on a near-white ground, corners on every
+second pixel. Things of one
 picture differ in noun and in colour. All captions are padded to the length of those with two things.
 
 Besides what was painted, `matched` says by rule what a picture shows: it lays every painted stamp on every
@@ -50,10 +51,11 @@ LENGTH = 9
 """Tokens of a caption: <bos> a colour noun and a colour noun <eos>."""
 COLOUR_AT, NOUN_AT = (2, 6), (3, 7)
 """Positions in a caption of the colours and the nouns of its first and second thing."""
-SIDES = (0.375, 0.42, 0.46)
-"""Longer side of a thing as a share of the picture's: 9, 10 and 11 of 24 pixels."""
-_GROUND, _DARKEST = 0.9, 0.45
+SIDES = (0.42,)
+"""Longer sides of things as shares of the picture's: 10 of 24 pixels."""
+_GROUND, _DARKEST = 0.95, 0.7
 _FITS = 0.6
+_GRID = 2  # pixels
 
 
 @dataclass(frozen=True)
@@ -184,9 +186,8 @@ def paint_things(
     kinds = torch.randint(len(SIDES), (count, things), generator=generator)
     extent = extents[nouns.clamp(min=0), kinds]
     corners = _corners(extent, size, generator)
-    pixels = torch.empty(count, 3, 1, 1).uniform_(_GROUND, 1.0, generator=generator)
-    pixels = pixels.expand(-1, -1, size, size).clone()
-    pixels += 0.02 * torch.randn(pixels.shape, generator=generator)
+    pixels = torch.empty(count, 1, 1, 1).uniform_(_GROUND, 1.0, generator=generator)
+    pixels = pixels.expand(-1, 3, size, size)
     for place in range(things):
         there = nouns[:, place] >= 0
         noun, kind = nouns[:, place].clamp(min=0), kinds[:, place]
@@ -203,7 +204,7 @@ def _corners(
 ) -> Int[Tensor, "scenes things 2"]:
     """Upper left corners (x, y): of 40 random draws the first with the least overlap of boxes."""
     draws = torch.rand(40, *extent.shape, generator=generator)
-    corners = (draws * (size - extent + 1)).long()
+    corners = (draws * ((size - extent) // _GRID + 1)).long() * _GRID
     ends = corners + extent
     shared = torch.zeros(corners.shape[:2], dtype=torch.long)
     for one, other in combinations(range(extent.shape[1]), 2):

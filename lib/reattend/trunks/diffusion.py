@@ -113,6 +113,8 @@ class DiffusionShape:
             side / shuffle rows.
         width: channels of the finest level; `multiples` of it at each level, each half as fine.
         group: channels of a group in GroupNorm.
+        centre, spread: mean and standard deviation of the pictures' values; latents are (picture - centre) /
+            spread, so that noise of variance one is as strong as what it hides.
     """
 
     vocabulary: int
@@ -125,6 +127,8 @@ class DiffusionShape:
     text_width: int = 64
     text_layers: int = 1
     group: int = 8
+    centre: float = 0.0
+    spread: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,13 @@ class Stage(nn.Module):
         self.residual = ResidualBlock(inputs, width, 4 * shape.width, shape.group)
         self.transformer = TransformerBlock(name, width, shape.heads, shape.text_width)
 
+    def start_as_identity(self) -> None:
+        """Zero what each branch adds to its shortcut, so that training starts from the shortcuts alone."""
+        block = self.transformer
+        branches = (block.self_attention.out, block.cross_attention.out, block.mlp[-1])
+        for last in (self.residual.conv2, *branches):
+            silence(last)
+
     def forward(
         self,
         x: Float[Tensor, "batch inputs rows columns"],
@@ -255,6 +266,12 @@ class Stage(nn.Module):
         hooks: AttentionHooks,
     ) -> Float[Tensor, "batch width rows columns"]:
         return self.transformer(self.residual(x, time), text, text_bias, hooks)
+
+
+def silence(layer: nn.Linear | nn.Conv2d) -> None:
+    """Zero a layer's weights and bias."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 class TextEncoder(nn.Module):
@@ -330,8 +347,9 @@ class DiffusionUNet(nn.Module):
             nn.SiLU(),
             nn.Conv2d(shape.width, pixels, 3, padding=1),
         )
-        nn.init.zeros_(self.leave[-1].weight)
-        nn.init.zeros_(self.leave[-1].bias)
+        for stage in (*self.down, self.mid, *self.up):
+            stage.start_as_identity()
+        silence(self.leave[-1])
         stages = [*self.down, self.mid, *reversed(self.up)]
         order = zip(stages, [*sides, sides[-1], *reversed(sides)], strict=True)
         self.blocks = {stage.transformer.name: of for stage, of in order}
@@ -343,6 +361,24 @@ class DiffusionUNet(nn.Module):
     def blocks_of_side(self, side: int) -> tuple[str, ...]:
         """Names of the blocks whose maps have this side."""
         return tuple(name for name, of in self.blocks.items() if of == side)
+
+    def latent_of(
+        self, pictures: Float[Tensor, "batch 3 side side"]
+    ) -> Float[Tensor, "batch 3 side side"]:
+        """What is noised: pictures with mean about 0 and variance about 1."""
+        return (pictures - self.shape.centre) / self.shape.spread
+
+    def picture_of(
+        self, latents: Float[Tensor, "batch 3 side side"]
+    ) -> Float[Tensor, "batch 3 side side"]:
+        """The inverse of `latent_of`."""
+        return latents * self.shape.spread + self.shape.centre
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The latents of black and white: pictures lie in [-1, 1]."""
+        low, high = ((end - self.shape.centre) / self.shape.spread for end in (-1.0, 1.0))
+        return low, high
 
     def forward(
         self,
@@ -417,7 +453,7 @@ def velocity_loss(
     time: Float[Tensor, " batch"],
 ) -> Float[Tensor, ""]:
     """Mean squared error of the predicted velocity."""
-    x, velocity = noised(pictures, noise, time)
+    x, velocity = noised(model.latent_of(pictures), noise, time)
     return F.mse_loss(model(x, time, model.encode(ids)), velocity)
 
 
@@ -431,16 +467,16 @@ def ddim_step(
     velocity: Float[Tensor, "batch 3 side side"],
     time: Float[Tensor, " batch"],
     target: Float[Tensor, " batch"],
-    clip: bool = True,
+    bounds: tuple[float, float] | None = None,
 ) -> Float[Tensor, "batch 3 side side"]:
     """One deterministic step from `time` to the earlier `target`.
 
-    `clip`: the predicted picture is held within [-1, 1], and the noise follows from it.
+    `bounds`: the predicted picture is held within them, and the noise follows from it.
     """
     alpha, sigma = alpha_sigma(time)
     picture = predicted_picture(x, velocity, time)
-    if clip:
-        picture = picture.clamp(-1, 1)
+    if bounds is not None:
+        picture = picture.clamp(*bounds)
     noise = (x - alpha * picture) / sigma
     alpha, sigma = alpha_sigma(target)
     return alpha * picture + sigma * noise
@@ -493,5 +529,5 @@ def sample(
         if before_step is not None:
             x = before_step(step, x, time, text)
         velocity = guided_velocity(model, x, time, text, empty, guidance, hooks)
-        x = ddim_step(x, velocity, time, target)
-    return x
+        x = ddim_step(x, velocity, time, target, model.range)
+    return model.picture_of(x)

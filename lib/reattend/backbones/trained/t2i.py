@@ -85,12 +85,13 @@ class Setting:
 
 
 def _shape(**sizes) -> DiffusionShape:
-    return DiffusionShape(len(VOCABULARY), LENGTH, **sizes)
+    """`centre` and `spread` are those of the scenes of `draw_prompts`."""
+    return DiffusionShape(len(VOCABULARY), LENGTH, centre=0.8, spread=0.44, **sizes)
 
 
 SETTINGS = {
     "smoke": Setting(_shape(width=16), 4, 8, 2e-3, 0.5, 1, 4, 8, sampling_steps=3),
-    "cpu": Setting(_shape(), 1300, 48, 2e-3, 0.99, 1, 800, 128),
+    "cpu": Setting(_shape(), 2400, 32, 2e-3, 0.99, 1, 800, 128),
     "gpu": Setting(
         _shape(side=64, width=96, multiples=(1, 2, 2), heads=4, text_width=128),
         20_000, 128, 1e-3, 0.999, 3, 3000, 512, sampling_steps=50,
@@ -211,7 +212,7 @@ def map_quality(model: DiffusionUNet, count: int = 128) -> dict[str, float]:
     scenes = paint(draw_prompts(count, generator, 1.0), side, generator)
     time = 0.3 + 0.2 * torch.rand(count, generator=generator)
     noise = torch.randn(scenes.pixels.shape, generator=generator)
-    x = noised(scenes.pixels, noise, time)[0].to(device)
+    x = noised(model.latent_of(scenes.pixels), noise, time)[0].to(device)
     ids = Prompts(scenes.colours, scenes.nouns).ids().to(device)
     found = {}
     for of in sorted(set(model.blocks.values())):

@@ -1,0 +1,290 @@
+"""What is asked of A-STAR: several methods from the same noises, and overlap and decay at the unmodified model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from reattend.data.prompt_scenes import (
+    NOUN_AT,
+    Prompts,
+    matched,
+)
+from reattend.generation.a_star import (
+    LatentUpdates,
+    Loss,
+    active_regions,
+    excitement_loss,
+    half_height_regions,
+    of_concepts,
+    overlap,
+    retention_loss,
+    segregation_loss,
+    step_sizes,
+)
+from reattend.studies.text_to_image import Bench, Drawn
+
+FUNCTION_WORDS_AT = (1, 4)
+"""Positions of the first "a" and of "and"."""
+
+FUNCTION_WORDS_AT = (1, 4)
+"""Positions of the first "a" and of "and"."""
+
+# The methods ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss on the maps and how it is used; see `LatentUpdates`.
+
+    Attributes:
+        concepts: positions in the caption.
+        regions: what makes the masks; None for a loss without.
+        share: of the steps, from the first, that move the latent.
+        refine: share of the steps at which, and peak to which, the weakest concept is raised before.
+        borrowed: each picture is given the masks of another prompt's picture.
+    """
+
+    loss: Loss
+    concepts: tuple[int, ...] = NOUN_AT
+    regions: object = None
+    share: float = 1.0
+    refine: Mapping[float, float] = field(default_factory=dict)
+    borrowed: bool = False
+
+    def updates(self, bench: Bench, scale: float, track: bool = False) -> LatentUpdates:
+        """The updates of these pictures, with steps of `scale` times sqrt(linspace(1, .5))."""
+        device, last = next(bench.model.parameters()).device, round(self.share * bench.steps)
+        sizes = step_sizes(scale, bench.steps)
+        lenders = None
+        if self.borrowed:  # the nearest picture of another prompt, whatever the number of noises
+            lenders = (torch.arange(len(bench)) + int(bench.item.bincount().max())) % len(bench)
+        return LatentUpdates(
+            bench.model,
+            self.loss,
+            bench.concepts(self.concepts).to(device),
+            bench.words.to(device),
+            bench.blocks,
+            [size if step < last else 0.0 for step, size in enumerate(sizes)],
+            regions=self.regions,
+            lenders=lenders,
+            refine={round(at * bench.steps): peak for at, peak in self.refine.items()},
+            track=track,
+        )
+
+
+def segregate(maps: Tensor, masks: Tensor | None) -> Tensor:
+    """L_seg."""
+    return segregation_loss(maps)
+
+
+def segregate_shapes(maps: Tensor, masks: Tensor | None) -> Tensor:
+    """L_seg of maps that each sum to one: only where they lie counts, not how high they are."""
+    return segregation_loss(maps / maps.sum((-2, -1), keepdim=True))
+
+
+def retain(maps: Tensor, masks: Tensor | None) -> Tensor:
+    """L_ret; nothing at the first step, which has no masks."""
+    return maps.new_zeros(len(maps)) if masks is None else retention_loss(maps, masks)
+
+
+def both(maps: Tensor, masks: Tensor | None) -> Tensor:
+    """L_seg + L_ret, A-STAR's loss."""
+    return segregate(maps, masks) + retain(maps, masks)
+
+
+def excite(maps: Tensor, masks: Tensor | None) -> Tensor:
+    """Attend-and-Excite's loss."""
+    return excitement_loss(maps)
+
+
+METHODS = {
+    "Attend-and-Excite": Method(excite, share=0.5, refine={0.0: 0.05, 0.2: 0.5, 0.4: 0.8}),
+    "+ L_ret": Method(retain, regions=active_regions),
+    "+ L_seg": Method(segregate),
+    "A-STAR": Method(both, regions=active_regions),
+    "function words": Method(both, FUNCTION_WORDS_AT, active_regions),
+    "borrowed masks": Method(retain, regions=active_regions, borrowed=True),
+}
+"""The paper's rows in its order, and two placebos: A-STAR on "a" and "and", L_ret with another picture's masks."""
+
+
+def halves(maps: Tensor) -> Tensor:
+    """A layout drawn by hand: the left half for the first concept, the right half for the second."""
+    masks = torch.zeros_like(maps)
+    middle = maps.shape[-1] // 2
+    masks[:, 0, :, :middle], masks[:, 1, :, middle:] = 1, 1
+    return masks
+
+
+LAYOUT = Method(retain, regions=halves)
+SINGLE_THING = replace(METHODS["A-STAR"], concepts=NOUN_AT[:1])
+"""A-STAR on prompts of one thing, where retention alone is left."""
+VARIANTS = {
+    "first quarter of the steps": replace(METHODS["A-STAR"], share=0.25),
+    "masks at half height": replace(METHODS["A-STAR"], regions=half_height_regions),
+    "L_seg of shapes": Method(segregate_shapes),
+}
+
+
+def step_scales(bench: Bench, methods: Mapping[str, Method], share: float) -> dict[str, float]:
+    """By method, the scale at which its updates along the unmodified path have `share` of the latent's RMS.
+
+    Ratio of means over the pictures and over the steps at which the method moves the latent, with the shape
+    sqrt(linspace(1, .5)) in it; refinement is left out.
+    """
+    plain = {name: replace(method, refine={}) for name, method in methods.items()}
+    updates = {name: method.updates(bench, 1.0) for name, method in plain.items()}
+    moved = dict.fromkeys(plain, 0.0)
+    stayed = dict.fromkeys(plain, 0.0)
+
+    def watch(step, latent, time, text):
+        for name, update in updates.items():
+            change = (update(step, latent, time, text) - latent).flatten(1)
+            if update.sizes[step]:
+                moved[name] += change.square().mean(1).sqrt().mean().item()
+                stayed[name] += latent.flatten(1).square().mean(1).sqrt().mean().item()
+        return latent
+
+    bench.draw(watch)
+    return {name: share * stayed[name] / moved[name] for name in plain}
+
+
+def draw_steered(bench: Bench, method: Method, scale: float, track: bool = False) -> Drawn:
+    """Pictures under a method; their maps are kept if `track`."""
+    pictures, maps, passes = [], [], 0
+    for part in bench.chunks():
+        updates = method.updates(part, scale, track)
+        pictures.append(part.draw(updates))
+        passes += updates.passes
+        if track:
+            maps.append(torch.stack(updates.history).cpu())
+    kept = torch.cat(maps, 1) if maps else torch.empty(0, len(bench), 0, 0, 0)
+    return Drawn(torch.cat(pictures), kept, passes / len(bench))
+
+
+# Judging ------------------------------------------------------------------------------------------
+
+
+def means(frames: Mapping[str, pd.DataFrame], seconds: Mapping[str, float]) -> pd.DataFrame:
+    """Table of methods: shares in per cent and mean log-odds over all pictures."""
+    shares = {
+        "both things": "both",
+        "both in their colours": "both in their colours",
+        "more than asked": "surplus",
+    }
+    rows = []
+    for name, frame in frames.items():
+        row = {"method": name} | {title: 100 * frame[c].mean() for title, c in shares.items()}
+        row |= {"weaker thing, log-odds": frame["weaker"].mean()}
+        kinds = frame.groupby("category")["both"].mean()
+        row |= {f"both, {kind}": 100 * share for kind, share in kinds.items()}
+        rows.append(row | {"passes with gradient": seconds.get(name, 0.0)})
+    return pd.DataFrame(rows)
+
+
+def ordered(
+    pictures: Float[Tensor, "pictures 3 side side"], prompts: Prompts
+) -> Float[np.ndarray, " found"]:
+    """1 where the first thing lies left of the second, of those pictures in which the rule finds both."""
+    columns = (
+        matched(pictures)[0].any(3).any(2).double()
+    )  # noun and column, whatever colour and row
+    places = torch.arange(columns.shape[-1]).double()
+    centres = (columns * places).sum(-1) / columns.sum(-1)
+    pair = centres.gather(1, prompts.nouns)
+    return (pair[:, 0] < pair[:, 1]).double()[pair.isfinite().all(1)].numpy()
+
+
+# Overlap and decay at the unmodified model ----------------------------------------------------------
+
+
+def overlaps(
+    maps: Float[Tensor, "steps pictures tokens rows columns"], at: Sequence[int]
+) -> Float[np.ndarray, "steps pictures"]:
+    """Eq. 2 of the tokens at two positions, at every step."""
+    return overlap(maps[:, :, at[0]], maps[:, :, at[1]]).double().numpy()
+
+
+def placements(
+    score: Float[np.ndarray, " pictures"], failed: Bool[np.ndarray, " pictures"]
+) -> Float[np.ndarray, " pictures"]:
+    """Of each picture the share of good pictures whose score is lower (ties half).
+
+    Their mean over the failed pictures is the area under the ROC curve of the score for failure.
+    """
+    good = score[~failed]
+    below = (score[:, None] > good).mean(1)
+    return below + 0.5 * (score[:, None] == good).mean(1)
+
+
+def mean_by_prompt(
+    values: Float[np.ndarray, "steps pictures"],
+    item: Int[np.ndarray, " pictures"],
+    rows: Bool[np.ndarray, " pictures"] | None = None,
+) -> Float[np.ndarray, "prompts steps"]:
+    """Means over the pictures of each prompt, of the chosen `rows` alone; prompts without any are left out."""
+    chosen = np.ones(len(item), dtype=bool) if rows is None else rows
+    return np.stack([values[:, chosen & (item == i)].mean(1) for i in np.unique(item[chosen])])
+
+
+def retention_by_step(
+    maps: Float[Tensor, "steps pictures tokens rows columns"],
+    concepts: Int[Tensor, "pictures concepts"],
+) -> Float[np.ndarray, "later_steps pictures"]:
+    """Eq. 3 at every step but the first, with the masks of the step before."""
+    of_steps = [of_concepts(some, concepts) for some in maps]
+    pairs = pairwise(of_steps)
+    return np.stack([retention_loss(b, active_regions(a)).double().numpy() for a, b in pairs])
+
+
+def split_peaks(
+    peaks: Float[np.ndarray, "steps pictures 2"], missing: Int[np.ndarray, " pictures"]
+) -> dict[str, Float[np.ndarray, "steps pictures"]]:
+    """Peaks of the present and of the missing thing of each picture."""
+    rows = np.arange(peaks.shape[1])
+    return {
+        "the present thing": peaks[:, rows, 1 - missing],
+        "the missing thing": peaks[:, rows, missing],
+    }
+
+
+def peaks(
+    maps: Float[Tensor, "steps pictures tokens rows columns"],
+    concepts: Int[Tensor, "pictures concepts"],
+) -> Float[np.ndarray, "steps pictures concepts"]:
+    """The highest value of each concept's map at every step."""
+    return np.stack([of_concepts(some, concepts).amax((-2, -1)).double().numpy() for some in maps])
+
+
+def decay_gap(
+    peaks: Float[np.ndarray, "steps pictures 2"],
+    missing: Int[np.ndarray, " pictures"],
+    early: slice,
+    late: slice,
+) -> tuple[Float[np.ndarray, " pictures"], Float[np.ndarray, " pictures"]]:
+    """Missing minus present concept: of late minus early peaks, and of the early peaks.
+
+    Args:
+        missing: which of the two concepts each picture lacks.
+    """
+    rows = np.arange(peaks.shape[1])
+    first = peaks[early].mean(0)
+    change = peaks[late].mean(0) - first
+    return tuple(part[rows, missing] - part[rows, 1 - missing] for part in (change, first))
+
+
+def other_picture(item: Int[np.ndarray, " pictures"]) -> Int[np.ndarray, " pictures"]:
+    """For each picture another one of the same prompt: the next one, the first for the last."""
+    found = np.empty_like(item)
+    for number in np.unique(item):
+        rows = np.flatnonzero(item == number)
+        found[rows] = np.roll(rows, -1)
+    return found
