@@ -531,7 +531,8 @@ def unet():
     model = DiffusionUNet(
         DiffusionShape(9, 5, side=16, width=8, heads=2, text_width=8, group=4)
     ).double()
-    nn.init.normal_(model.leave[-1].weight, std=0.1)
+    for parameter in model.parameters():  # branches start silent
+        nn.init.normal_(parameter, std=0.2)
     return model.eval()
 
 

@@ -1,13 +1,12 @@
 """OptiPrune on the small text-to-image model: scores of noises, judged pictures, pruning errors, block times.
 
-A row is one picture: a prompt with one noise. Rows of a prompt follow each other, so that [rows] reshapes to
-[prompts, noises].
+A row is one picture: a prompt with one noise. Rows of a prompt follow each other: [rows] is [prompts, noises].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from reattend.backbones.scene_judge import SceneJudge
-from reattend.data.prompt_scenes import NOUN_AT, Prompts, empty_captions
+from reattend.data.prompt_scenes import NOUN_AT, empty_captions
 from reattend.generation.optiprune import (
     Optimised,
     Scorer,
@@ -31,15 +29,14 @@ from reattend.generation.optiprune import (
     base_tokens,
 )
 from reattend.metrics import pseudo_values
+from reattend.studies.text_to_image import Bench, scores
 from reattend.timing import paired_times
 from reattend.trunks.diffusion import (
-    NO_HOOKS,
     AttentionHooks,
     DiffusionUNet,
     EncodedText,
     MapRecorder,
     guided_velocity,
-    sample,
 )
 
 WORDS = slice(1, 8)
@@ -56,43 +53,23 @@ At time 1, where the sampler begins, a picture has no share at all: nothing depe
 # Noises and their scores ----------------------------------------------------------------------------
 
 
-def repeated(prompts: Prompts, noises: int) -> Prompts:
-    """Each prompt once for every noise, one after the other."""
-    return prompts[torch.arange(len(prompts)).repeat_interleave(noises)]
-
-
-def draw_noise(
-    model: DiffusionUNet, prompts: int, noises: int, seed: int
-) -> Float[Tensor, "rows 3 side side"]:
-    """Standard normal noise, [prompts x noises], the same for a prompt however many prompts there are."""
-    side = model.shape.side
-    parts = []
-    for prompt in range(prompts):
-        generator = torch.Generator().manual_seed(1_000_003 * seed + prompt)
-        parts.append(torch.randn(noises, 3, side, side, generator=generator))
-    return torch.cat(parts).to(next(model.parameters()).device)
-
-
 @dataclass(frozen=True)
 class Painter:
-    """The model with its prompts, one a row.
+    """A bench whose noises are scored, and drawn with or without pruning.
 
     Args:
-        steps, guidance: of sampling.
-        side: of the attention maps that are scored.
         gate: see `Scores`.
     """
 
-    model: DiffusionUNet
-    judge: SceneJudge
-    prompts: Prompts
-    steps: int
-    guidance: float
-    side: int
+    bench: Bench
     gate: float = 0.5
 
-    def __post_init__(self) -> None:
-        self.model.requires_grad_(False)
+    def __len__(self) -> int:
+        return len(self.bench)
+
+    @property
+    def model(self) -> DiffusionUNet:
+        return self.bench.model
 
     @property
     def finest(self) -> tuple[str, ...]:
@@ -103,14 +80,19 @@ class Painter:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def noise(self) -> Float[Tensor, "rows 3 side side"]:
+        """The noises as they were drawn."""
+        return self.bench.noise.to(self.device)
+
     def of(self, rows: Tensor | slice) -> Painter:
         """The same with some of the rows."""
-        return replace(self, prompts=self.prompts[rows])
+        return replace(self, bench=self.bench.part(rows))
 
     def hooks(self, prune: SimPrune | None, on_map: Callable | None = None) -> AttentionHooks:
         """Pruning in the finest blocks, or none."""
         if prune is None:
-            return NO_HOOKS if on_map is None else AttentionHooks(on_map)
+            return AttentionHooks(on_map)
         return prune.hooks(self.finest, on_map)
 
     def maps(
@@ -118,15 +100,16 @@ class Painter:
     ) -> tuple[Float[Tensor, "rows words side side"], Float[Tensor, "rows positions positions"]]:
         """Cross-attention of the words, as shares of all words, and self-attention, at `NOISIEST`.
 
-        Means over the blocks of the scored side and their heads.
+        Means over the coarsest blocks and their heads.
         """
-        recorder = MapRecorder(blocks=self.model.blocks_of_side(self.side))
-        text = self.model.encode(self.prompts.ids().to(self.device)[rows])
+        recorder = MapRecorder(blocks=self.bench.blocks)
+        text = self.model.encode(self.bench.ids.to(self.device)[rows])
         time = torch.full((len(noise),), NOISIEST, device=self.device)
         self.model(noise, time, text, self.hooks(prune, recorder.hooks.on_map))
         words = recorder.mean("cross")[..., WORDS]
         shares = (words / words.sum(-1, keepdim=True)).mT
-        return shares.unflatten(-1, (self.side, self.side)), recorder.mean("self")
+        side = math.isqrt(shares.shape[-1])
+        return shares.unflatten(-1, (side, side)), recorder.mean("self")
 
     def scorer(self, prune: SimPrune | None = None, at: Sequence[int] = NOUN_AT) -> Scorer:
         """Scores of noises by one captioned pass; `at`: the words that are scored, by place in the caption."""
@@ -139,44 +122,15 @@ class Painter:
         return score
 
     def pictures(
-        self,
-        noise: Float[Tensor, "rows 3 side side"],
-        prune: SimPrune | None = None,
-        chunk: int = 128,
+        self, noise: Float[Tensor, "rows 3 side side"], prune: SimPrune | None = None
     ) -> Float[Tensor, "rows 3 side side"]:
         """Guided samples from these noises."""
-        ids = self.prompts.ids().to(self.device)
-        drawn = [
-            sample(
-                self.model,
-                part,
-                words,
-                empty_captions(len(part)).to(self.device),
-                steps=self.steps,
-                guidance=self.guidance,
-                hooks=self.hooks(prune),
-            )
-            for part, words in zip(noise.split(chunk), ids.split(chunk), strict=True)
-        ]
-        return torch.cat(drawn).cpu()
+        begun = replace(self.bench, noise=noise)
+        return torch.cat([part.draw(hooks=self.hooks(prune)) for part in begun.chunks()])
 
     def judged(self, pictures: Float[Tensor, "rows 3 side side"]) -> pd.DataFrame:
-        """What the judge says, a row a picture.
-
-        Columns: log-odds of the less certain object (weaker), both present, both in their colours, more
-        objects than asked for (surplus), and how uneven the ground is.
-        """
-        said = self.judge(pictures)
-        presence, pairs = (f(self.prompts) for f in (said.asked_presence, said.asked_pairs))
-        there = (presence > 0).all(1)
-        columns = {
-            "weaker": presence.amin(1),
-            "both": there,
-            "both in their colours": there & (pairs > 0).all(1),
-            "surplus": said.surplus(self.prompts) > 0,
-            "ground": ground_deviation(pictures),
-        }
-        return pd.DataFrame({name: values.double().numpy() for name, values in columns.items()})
+        """`scores` of `text_to_image`, and how uneven the ground is."""
+        return scores(self.bench, pictures).assign(ground=ground_deviation(pictures).double())
 
 
 def ground_deviation(pictures: Float[Tensor, "rows 3 side side"]) -> Float[Tensor, " rows"]:
@@ -187,11 +141,6 @@ def ground_deviation(pictures: Float[Tensor, "rows 3 side side"]) -> Float[Tenso
     across = [pictures[..., 0, :], pictures[..., -1, :]]
     edge = torch.cat([*across, pictures[..., 1:-1, 0], pictures[..., 1:-1, -1]], -1)
     return (edge - edge.median(-1, keepdim=True).values).abs().mean((1, 2))
-
-
-def by_prompt(values: Sequence[float] | np.ndarray, noises: int) -> np.ndarray:
-    """Mean over the noises of each prompt."""
-    return np.asarray(values, dtype=float).reshape(-1, noises).mean(1)
 
 
 def fresh_scores(score: Scorer, noise: Tensor, chunk: int = 128) -> Scores:
@@ -260,7 +209,7 @@ def pass_cost(painter: Painter, prune: SimPrune | None) -> PassCost:
     """By torch's count of matrix products and convolutions."""
     painter = painter.of(slice(0, 2))
     score, rows = painter.scorer(prune), torch.arange(2, device=painter.device)
-    noise = draw_noise(painter.model, 1, 2, 0)
+    noise = painter.noise.clone()
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         score(noise, rows)
     moved = noise.requires_grad_()
@@ -273,9 +222,8 @@ def pass_cost(painter: Painter, prune: SimPrune | None) -> PassCost:
 def sampling_cost(painter: Painter, prune: SimPrune | None) -> int:
     """Multiply-adds of one picture: both guidance halves in every step."""
     painter = painter.of(slice(0, 2))
-    noise = draw_noise(painter.model, 1, 2, 0)
     with FlopCounterMode(display=False) as counter:
-        painter.pictures(noise, prune)
+        painter.pictures(painter.noise, prune)
     return counter.get_total_flops() // 4
 
 
@@ -289,23 +237,19 @@ def equal_candidates(cost: float, one: int) -> int:
 
 @torch.no_grad()
 def pruning_errors(
-    painter: Painter,
-    noise: Float[Tensor, "rows 3 side side"],
-    arms: Mapping[str, SimPrune],
-    at: Sequence[int],
-) -> dict[str, Float[np.ndarray, " rows"]]:
+    painter: Painter, arms: Mapping[Hashable, SimPrune], at: Sequence[int]
+) -> dict[Hashable, Float[np.ndarray, " rows"]]:
     """Natural logarithm of the relative error of the guided velocity, mean over the steps `at` of plain sampling.
 
     Every arm sees the latents of the unpruned model.
     """
-    ids, count = painter.prompts.ids().to(painter.device), len(noise)
-    text = painter.model.encode(ids)
-    empty = painter.model.encode(empty_captions(count).to(painter.device))
-    logs: dict[str, list[Tensor]] = {name: [] for name in arms}
+    text = painter.model.encode(painter.bench.ids.to(painter.device))
+    empty = painter.model.encode(empty_captions(len(painter)).to(painter.device))
+    logs: dict[Hashable, list[Tensor]] = {name: [] for name in arms}
 
     def compare(step: int, x: Tensor, time: Tensor, _) -> Tensor:
         if step in at:
-            given = (painter.model, x, time, text, empty, painter.guidance)
+            given = (painter.model, x, time, text, empty, painter.bench.guidance)
             plain = guided_velocity(*given)
             for name, prune in arms.items():
                 other = guided_velocity(*given, painter.hooks(prune))
@@ -313,40 +257,28 @@ def pruning_errors(
                 logs[name].append(error.log())
         return x
 
-    sample(
-        painter.model,
-        noise,
-        ids,
-        empty_captions(count).to(painter.device),
-        steps=painter.steps,
-        guidance=painter.guidance,
-        before_step=compare,
-    )
+    painter.bench.draw(compare)
     return {name: torch.stack(rows).mean(0).cpu().double().numpy() for name, rows in logs.items()}
 
 
 @torch.no_grad()
-def hidden_states(
-    painter: Painter, noise: Float[Tensor, "rows 3 side side"], time: float, block: str
-) -> Float[Tensor, "rows tokens width"]:
-    """Hidden states before the self-attention of a block."""
+def hidden_states(painter: Painter, block: str) -> Float[Tensor, "rows tokens width"]:
+    """Hidden states before the self-attention of a block, of fresh noises at `NOISIEST`."""
     seen = {}
 
     def keep(name: str, x: Tensor) -> None:
         seen[name] = x
 
-    text = painter.model.encode(painter.prompts.ids().to(painter.device)[: len(noise)])
-    times = torch.full((len(noise),), time, device=painter.device)
-    painter.model(noise, times, text, AttentionHooks(reduce=keep))
+    text = painter.model.encode(painter.bench.ids.to(painter.device))
+    time = torch.full((len(painter),), NOISIEST, device=painter.device)
+    painter.model(painter.noise, time, text, AttentionHooks(reduce=keep))
     return seen[block]
 
 
 @torch.no_grad()
-def selections(
-    painter: Painter, noise: Float[Tensor, "rows 3 side side"], prune: SimPrune, at: Sequence[int]
-) -> dict[str, Selection]:
+def selections(painter: Painter, prune: SimPrune, at: Sequence[int]) -> dict[str, Selection]:
     """What is kept in the last of the finest blocks at some steps of plain sampling, captioned half, by step."""
-    ids, count, found = painter.prompts.ids().to(painter.device), len(noise), {}
+    found = {}
 
     def look(step: int, x: Tensor, time: Tensor, text: EncodedText) -> Tensor:
         def choose(name: str, states: Tensor) -> None:
@@ -357,24 +289,16 @@ def selections(
             painter.model(x, time, text, AttentionHooks(reduce=choose))
         return x
 
-    empty = empty_captions(count).to(painter.device)
-    sample(
-        painter.model,
-        noise,
-        ids,
-        empty,
-        steps=painter.steps,
-        guidance=painter.guidance,
-        before_step=look,
-    )
+    painter.bench.draw(look)
     return found
 
 
 @torch.no_grad()
-def unpruned_difference(painter: Painter, noise: Float[Tensor, "rows 3 side side"]) -> float:
+def unpruned_difference(painter: Painter) -> float:
     """Largest difference that pruning at ratio 0 makes to pictures."""
-    plain = painter.pictures(noise)
-    return float((painter.pictures(noise, SimPrune(0.0, noise=0.0)) - plain).abs().max())
+    plain = painter.pictures(painter.noise)
+    none = SimPrune(0.0, noise=0.0)
+    return float((painter.pictures(painter.noise, none) - plain).abs().max())
 
 
 def selection_entropy(prune: SimPrune, x: Float[Tensor, "rows tokens width"], draws: int) -> float:
