@@ -97,7 +97,7 @@ class Painter:
 
     def maps(
         self, noise: Float[Tensor, "rows 3 side side"], rows: Tensor, prune: SimPrune | None = None
-    ) -> tuple[Float[Tensor, "rows words side side"], Float[Tensor, "rows positions positions"]]:
+    ) -> tuple[Float[Tensor, "rows words cells cells"], Float[Tensor, "rows positions positions"]]:
         """Cross-attention of the words, as shares of all words, and self-attention, at `NOISIEST`.
 
         Means over the coarsest blocks and their heads.
