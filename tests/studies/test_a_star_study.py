@@ -9,7 +9,14 @@ from reattend.backbones.trained.t2i import SETTINGS, untrained
 from reattend.data.prompt_scenes import NOUN_AT, Prompts, paint, pair_prompts
 from reattend.studies import a_star as study
 from reattend.studies.a_star import LAYOUT, METHODS, VARIANTS, draw_steered, step_scales
-from reattend.studies.text_to_image import Bench, MapDiary, by_prompt, draw_plain, scores
+from reattend.studies.text_to_image import (
+    Bench,
+    MapDiary,
+    asked_by_rule,
+    by_prompt,
+    draw_plain,
+    scores,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,7 @@ def test_chunks_change_nothing(bench):
 
 def test_scales_give_every_method_its_share_of_the_latent(bench):
     methods = {"L": METHODS["+ L_seg"], "first half": METHODS["Attend-and-Excite"]}
-    scales = step_scales(bench, methods, 0.04)
+    scales = {n: 0.04 * scale for n, scale in step_scales(bench, methods).items()}
     for name, method in methods.items():
         update = method.updates(bench, scales[name])
         update.refine = {}
@@ -181,9 +188,19 @@ def test_scores_say_which_thing_is_there_and_how_sure(bench):
     assert frame["both in their colours"].tolist() == [1, 0]
     assert frame["first"].tolist() == [True, False]
     assert frame["second"].tolist() == [True, True]
+    assert frame["both, by rule"].tolist() == [0, 0]  # the pictures are grey
     assert frame["surplus"].tolist() == [0, 1]
     assert frame["weaker"].tolist() == pytest.approx([2.0, -6.0], abs=1e-4)
     assert by_prompt(frame)["both"].tolist() == [0.5]
+
+
+def test_the_rule_says_which_asked_thing_is_there_and_in_its_colour():
+    prompts = Prompts(torch.tensor([[0, 1], [0, -1]]), torch.tensor([[2, 7], [4, -1]]))
+    pixels = paint(prompts, 24, torch.Generator().manual_seed(1)).pixels
+    asked = Prompts(torch.tensor([[0, 2], [0, -1]]), torch.tensor([[2, 7], [5, -1]]))
+    there, coloured = asked_by_rule(asked, pixels)
+    assert there.tolist() == [[True, True], [False, True]]
+    assert coloured.tolist() == [[True, False], [False, True]]
 
 
 def test_order_is_read_off_the_picture_by_rule():
