@@ -134,11 +134,11 @@ VARIANTS = {
 }
 
 
-def step_scales(bench: Bench, methods: Mapping[str, Method], share: float) -> dict[str, float]:
-    """By method, the scale at which its updates along the unmodified path have `share` of the latent's RMS.
+def step_scales(bench: Bench, methods: Mapping[str, Method]) -> dict[str, float]:
+    """By method, the scale at which its updates along the unmodified path are as large as the latent.
 
-    Ratio of means over the pictures and over the steps at which the method moves the latent, with the shape
-    sqrt(linspace(1, .5)) in it; refinement is left out.
+    Sizes are root mean squares; ratio of means over the pictures and over the steps at which the method moves
+    the latent, with the shape sqrt(linspace(1, .5)) in it; refinement is left out.
     """
     plain = {name: replace(method, refine={}) for name, method in methods.items()}
     updates = {name: method.updates(bench, 1.0) for name, method in plain.items()}
@@ -154,7 +154,7 @@ def step_scales(bench: Bench, methods: Mapping[str, Method], share: float) -> di
         return latent
 
     bench.draw(watch)
-    return {name: share * stayed[name] / moved[name] for name in plain}
+    return {name: stayed[name] / moved[name] for name in plain}
 
 
 def draw_steered(bench: Bench, method: Method, scale: float, track: bool = False) -> Drawn:
@@ -178,6 +178,8 @@ def means(frames: Mapping[str, pd.DataFrame], seconds: Mapping[str, float]) -> p
     shares = {
         "both things": "both",
         "both in their colours": "both in their colours",
+        "both, by rule": "both, by rule",
+        "both in their colours, by rule": "both in their colours, by rule",
         "more than asked": "surplus",
     }
     rows = []

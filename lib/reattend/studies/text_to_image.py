@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from reattend.backbones.scene_judge import Judgement, SceneJudge
-from reattend.data.prompt_scenes import END, NOUN_AT, Prompts, category, empty_captions
+from reattend.data.prompt_scenes import END, NOUN_AT, Prompts, category, empty_captions, matched
 from reattend.generation.a_star import processed_maps
 from reattend.trunks.diffusion import AttentionHooks, DiffusionUNet, sample
 
@@ -154,9 +154,11 @@ def draw_plain(bench: Bench) -> Drawn:
 
 def scores(bench: Bench, pictures: Float[Tensor, "pictures 3 side side"]) -> pd.DataFrame:
     """One row a picture: its prompt; log-odds of the less certain thing, and of that in its colour; whether both
-    are there, also in their colours; whether there is more than asked; whether each thing is there."""
+    are there, also in their colours, by the judge and by rule; whether there is more than asked; and whether
+    each thing is there."""
     said: Judgement = bench.judge(pictures)
     there, paired = said.asked_presence(bench.prompts), said.asked_pairs(bench.prompts)
+    fitted, in_colour = asked_by_rule(bench.prompts, pictures)
     return pd.DataFrame(
         {
             "item": bench.item.numpy(),
@@ -164,6 +166,8 @@ def scores(bench: Bench, pictures: Float[Tensor, "pictures 3 side side"]) -> pd.
             "weaker pair": paired.amin(1).double().numpy(),
             "both": (there > 0).all(1).double().numpy(),
             "both in their colours": ((there > 0) & (paired > 0)).all(1).double().numpy(),
+            "both, by rule": fitted.all(1).double().numpy(),
+            "both in their colours, by rule": in_colour.all(1).double().numpy(),
             "surplus": (said.surplus(bench.prompts) > 0).double().numpy(),
             "first": (there[:, 0] > 0).numpy(),
             "second": (there[:, -1] > 0).numpy(),
@@ -172,6 +176,18 @@ def scores(bench: Bench, pictures: Float[Tensor, "pictures 3 side side"]) -> pd.
             ],
         }
     )
+
+
+def asked_by_rule(
+    prompts: Prompts, pictures: Float[Tensor, "pictures 3 side side"]
+) -> tuple[Bool[Tensor, "pictures things"], Bool[Tensor, "pictures things"]]:
+    """Whether the rule of sprite matching finds each asked thing, and finds it in its colour; True where none
+    was asked for."""
+    found = matched(pictures)[0].flatten(3).any(-1)
+    rows, nouns = torch.arange(len(prompts))[:, None], prompts.nouns.clamp(min=0)
+    none = prompts.nouns < 0
+    there = found.any(2).gather(1, nouns)
+    return there | none, found[rows, nouns, prompts.colours.clamp(min=0)] | none
 
 
 def by_prompt(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,214 @@
+"""A-STAR's study: methods differ as they say, scales give equal updates, statistics follow their definitions."""
+
+import numpy as np
+import pytest
+import torch
+
+from reattend.backbones.scene_judge import Judgement, SceneJudge
+from reattend.backbones.trained.t2i import SETTINGS, untrained
+from reattend.data.prompt_scenes import NOUN_AT, Prompts, paint, pair_prompts
+from reattend.studies import a_star as study
+from reattend.studies.a_star import LAYOUT, METHODS, VARIANTS, draw_steered, step_scales
+from reattend.studies.text_to_image import (
+    Bench,
+    MapDiary,
+    asked_by_rule,
+    by_prompt,
+    draw_plain,
+    scores,
+)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    """Three prompts with two noises each on an untrained model in which every branch adds something."""
+    model = untrained(SETTINGS["smoke"], 0).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return Bench.of(model, SceneJudge(), pair_prompts(3), 2, 7, steps=4, guidance=2.0)
+
+
+def test_pictures_of_a_prompt_follow_each_other_and_parts_keep_their_noise(bench):
+    assert bench.item.tolist() == [0, 0, 1, 1, 2, 2]
+    part = bench.part(torch.tensor([1, 4]))
+    assert torch.equal(part.noise, bench.noise[[1, 4]])
+    assert part.prompts.texts() == [bench.prompts.texts()[i] for i in (1, 4)]
+    torch.testing.assert_close(draw_plain(part).pictures, draw_plain(bench).pictures[[1, 4]])
+
+
+def test_plain_maps_are_those_that_updates_of_size_zero_see(bench):
+    plain = draw_plain(bench)
+    still = draw_steered(bench, METHODS["A-STAR"], 0.0, track=True)
+    torch.testing.assert_close(still.pictures, plain.pictures, atol=1e-5, rtol=0)
+    torch.testing.assert_close(still.maps, plain.maps, atol=1e-5, rtol=0)
+    assert plain.maps.shape == (4, 6, 9, 6, 6)
+    assert still.passes == 4
+
+
+def test_chunks_change_nothing(bench):
+    small = Bench(**(vars(bench) | {"chunk": 4}))
+    torch.testing.assert_close(draw_plain(small).maps, draw_plain(bench).maps, atol=1e-5, rtol=0)
+    for name in ("A-STAR", "Attend-and-Excite"):
+        both = [draw_steered(b, METHODS[name], 5.0).pictures for b in (bench, small)]
+        torch.testing.assert_close(*both, atol=1e-4, rtol=0)
+
+
+def test_scales_give_every_method_its_share_of_the_latent(bench):
+    methods = {"L": METHODS["+ L_seg"], "first half": METHODS["Attend-and-Excite"]}
+    scales = {n: 0.04 * scale for n, scale in step_scales(bench, methods).items()}
+    for name, method in methods.items():
+        update = method.updates(bench, scales[name])
+        update.refine = {}
+        sizes = []
+
+        def watch(step, latent, time, text, update=update, sizes=sizes):
+            moved = (update(step, latent, time, text) - latent).flatten(1).square().mean(1).sqrt()
+            if update.sizes[step]:
+                sizes.append(
+                    (moved.mean().item(), latent.flatten(1).square().mean(1).sqrt().mean().item())
+                )
+            return latent
+
+        bench.draw(watch)
+        moved, stayed = np.array(sizes).sum(0)
+        assert moved / stayed == pytest.approx(0.04, rel=1e-3)
+        assert len(sizes) == round(4 * method.share)
+
+
+def test_methods_differ_and_placebos_touch_other_words_or_masks(bench):
+    pictures = {n: draw_steered(bench, m, 20.0).pictures for n, m in METHODS.items()}
+    names = list(pictures)
+    for i, one in enumerate(names):
+        for other in names[:i]:
+            assert not torch.equal(pictures[one], pictures[other]), (one, other)
+    words = METHODS["function words"].updates(bench, 1.0).concepts
+    assert bench.ids.gather(1, words).unique(dim=0).tolist() == [[3, 4]]
+    lenders = METHODS["borrowed masks"].updates(bench, 1.0).lenders
+    assert (bench.item[lenders] != bench.item).all()
+    assert METHODS["A-STAR"].updates(bench, 1.0).lenders is None
+
+
+def test_refinement_and_shares_become_steps(bench):
+    updates = METHODS["Attend-and-Excite"].updates(Bench(**(vars(bench) | {"steps": 20})), 1.0)
+    assert updates.refine == {0: 0.05, 4: 0.5, 8: 0.8}
+    assert [bool(size) for size in updates.sizes] == [True] * 10 + [False] * 10
+    first = VARIANTS["first quarter of the steps"].updates(bench, 1.0)
+    assert [bool(size) for size in first.sizes] == [True, False, False, False]
+
+
+def test_layout_asks_for_left_and_right_halves():
+    masks = LAYOUT.regions(torch.rand(2, 2, 6, 6))
+    assert (masks[:, 0, :, :3] == 1).all()
+    assert (masks[:, 0, :, 3:] == 0).all()
+    assert torch.equal(masks[:, 1], 1 - masks[:, 0])
+
+
+def test_diary_keeps_the_captioned_half_of_every_pass(bench):
+    diary = MapDiary(bench.blocks)
+    bench.draw(hooks=diary.hooks)
+    maps = diary.maps(bench.words)
+    assert maps.shape == (4, 6, 9, 6, 6)
+    torch.testing.assert_close(maps.sum(2), torch.ones(4, 6, 6, 6))
+
+
+# --- statistics ------------------------------------------------------------------------------------
+
+
+def test_mean_placement_of_the_failed_is_the_area_under_the_curve():
+    score, failed = np.array([3.0, 1.0, 2.0, 2.0, 5.0]), np.array([True, False, True, False, False])
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[failed] for b in score[~failed]]
+    assert study.placements(score, failed)[failed].mean() == pytest.approx(np.mean(pairs))
+
+
+def test_decay_gap_is_zero_for_like_things_and_negative_for_one_that_fades():
+    peaks = np.full((6, 2, 2), 0.5)
+    peaks[4:, 0, 1] = 0.2  # of the first picture the second thing fades
+    change, start = study.decay_gap(peaks, np.array([1, 0]), slice(0, 2), slice(4, None))
+    assert change.tolist() == pytest.approx([-0.3, 0.0])
+    assert start.tolist() == [0, 0]
+    change, _ = study.decay_gap(peaks, np.array([0, 1]), slice(0, 2), slice(4, None))
+    assert change.tolist() == pytest.approx([0.3, 0.0])
+    parts = study.split_peaks(peaks, np.array([1, 0]))
+    assert parts["the missing thing"][5].tolist() == [0.2, 0.5]
+    assert parts["the present thing"][5].tolist() == [0.5, 0.5]
+
+
+def test_another_picture_is_of_the_same_prompt_and_never_the_same():
+    item = np.array([0, 0, 0, 1, 1])
+    other = study.other_picture(item)
+    assert (item[other] == item).all()
+    assert (other != np.arange(5)).all()
+
+
+def test_means_by_prompt_leave_out_prompts_without_a_chosen_picture():
+    values, item = np.arange(8.0).reshape(2, 4), np.array([0, 0, 1, 1])
+    chosen = np.array([True, False, False, False])
+    assert study.mean_by_prompt(values, item).tolist() == [[0.5, 4.5], [2.5, 6.5]]
+    assert study.mean_by_prompt(values, item, chosen).tolist() == [[0.0, 4.0]]
+
+
+def test_retention_by_step_compares_with_the_step_before():
+    maps = torch.zeros(3, 1, 9, 6, 6)
+    for noun in NOUN_AT:
+        maps[:, 0, noun, :2, noun - 2] = 1.0
+    lost = study.retention_by_step(maps, torch.tensor([NOUN_AT]))
+    assert lost.tolist() == [[1.0], [1.0]]  # one half for each concept
+    maps[2, 0, NOUN_AT[0]] = maps[2, 0, NOUN_AT[0]].T.flip(0)
+    assert study.retention_by_step(maps, torch.tensor([NOUN_AT]))[1, 0] > 1.2
+
+
+class Told(SceneJudge):
+    """Says of every picture what it is told."""
+
+    def __init__(self, judgement):
+        super().__init__()
+        self.judgement = judgement
+
+    def forward(self, pixels):
+        return self.judgement
+
+
+def test_scores_say_which_thing_is_there_and_how_sure(bench):
+    prompts = Prompts(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 1], [2, 3]]))
+    counts, pairs = torch.zeros(2, 8, 3), torch.full((2, 8, 4), -9.0)
+    counts[..., 0] = 9.0
+    for picture, noun, colour in ((0, 0, 0), (0, 1, 1), (1, 3, 0), (1, 5, 0)):
+        counts[picture, noun] = torch.tensor([0.0, 2.0, -9.0])
+        pairs[picture, noun, colour] = 3.0
+    told = Bench(
+        **(
+            vars(bench.part(slice(0, 2)))
+            | {"judge": Told(Judgement(counts, pairs)), "prompts": prompts}
+        )
+    )
+    frame = scores(told, torch.zeros(2, 3, 24, 24))
+    assert frame["both"].tolist() == [1, 0]
+    assert frame["both in their colours"].tolist() == [1, 0]
+    assert frame["first"].tolist() == [True, False]
+    assert frame["second"].tolist() == [True, True]
+    assert frame["both, by rule"].tolist() == [0, 0]  # the pictures are grey
+    assert frame["surplus"].tolist() == [0, 1]
+    assert frame["weaker"].tolist() == pytest.approx([2.0, -6.0], abs=1e-4)
+    assert by_prompt(frame)["both"].tolist() == [0.5]
+
+
+def test_the_rule_says_which_asked_thing_is_there_and_in_its_colour():
+    prompts = Prompts(torch.tensor([[0, 1], [0, -1]]), torch.tensor([[2, 7], [4, -1]]))
+    pixels = paint(prompts, 24, torch.Generator().manual_seed(1)).pixels
+    asked = Prompts(torch.tensor([[0, 2], [0, -1]]), torch.tensor([[2, 7], [5, -1]]))
+    there, coloured = asked_by_rule(asked, pixels)
+    assert there.tolist() == [[True, True], [False, True]]
+    assert coloured.tolist() == [[True, False], [False, True]]
+
+
+def test_order_is_read_off_the_picture_by_rule():
+    prompts = Prompts(torch.tensor([[0, 1]]).repeat(20, 1), torch.tensor([[2, 7]]).repeat(20, 1))
+    scenes = paint(prompts, 24, torch.Generator().manual_seed(0))
+    apart = (scenes.boxes[:, 0, 0] - scenes.boxes[:, 1, 0]).abs() > 2
+    left = (scenes.boxes[:, 0, 0] < scenes.boxes[:, 1, 0]).double()
+    found = study.ordered(
+        scenes.pixels[apart], Prompts(prompts.colours[apart], prompts.nouns[apart])
+    )
+    assert found.tolist() == left[apart].tolist()
