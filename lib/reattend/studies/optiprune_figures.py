@@ -24,7 +24,9 @@ COLOUR_OF = {
     "best of k": COLOURS[1],
     "random direction": COLOURS[5],
     "SimPrune": COLOURS[2],
+    "SimPrune alone": COLOURS[2],
     "random": COLOURS[7],
+    "random pruning alone": COLOURS[7],
     "dissimilar": COLOURS[3],
     "ToMe": COLOURS[9],
 }
