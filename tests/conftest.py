@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,25 @@ from reattend.records import FAMILIES
 ROOT = Path(__file__).resolve().parents[1]
 CHECKED = ["attention", "backbones", "data", "studies", "training", "trunks", *FAMILIES]
 install_import_hook([f"reattend.{name}" for name in CHECKED], "beartype.beartype")
+
+
+KERNELS = ExitStack()
+
+
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """Notebooks, here and in the pipeline's tests, get kernels that have torch imported: seconds less each."""
+    from reattend.pipeline.run import threads
+    from reattend.pipeline.warm_kernels import VARIABLE, kernel_server, provisioner
+
+    runs_notebooks = item.path.suffix == ".ipynb" or item.path.parent.name == "pipeline"
+    if runs_notebooks and VARIABLE not in os.environ and sys.platform == "linux":
+        KERNELS.enter_context(kernel_server(os.environ | threads()))
+        os.environ.update(provisioner())
+
+
+def pytest_sessionfinish() -> None:
+    """End that process."""
+    KERNELS.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from reattend.pipeline.warm_kernels import VARIABLE
 from tests.pipeline.toy import Checkout
 
 
@@ -20,3 +21,10 @@ def checkout(tmp_path_factory) -> Checkout:
 def bare(tmp_path) -> Checkout:
     """One paper, no DVC, nothing has run."""
     return Checkout(tmp_path / "bare", ["toy"], dvc=False)
+
+
+@pytest.fixture
+def ordinary_kernels(monkeypatch) -> None:
+    """Nobody has started a process to fork kernels from, as where a user types a command."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv("JUPYTER_DEFAULT_PROVISIONER_NAME", raising=False)

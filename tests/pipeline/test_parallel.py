@@ -65,7 +65,7 @@ def all_is_well(checkout: Checkout) -> None:
     assert processes(checkout) == []
 
 
-def test_two_at_a_time_leave_dvc_with_nothing_to_do(three):
+def test_two_at_a_time_leave_dvc_with_nothing_to_do(three, ordinary_kernels):
     done = three.reattend("repro", "--profile", "smoke", "--jobs", "2", check=True)
     for slug in PAPERS:
         assert f"{slug}: done" in done.stdout
@@ -75,7 +75,7 @@ def test_two_at_a_time_leave_dvc_with_nothing_to_do(three):
     assert "nothing to run" in again.stdout
 
 
-def test_ctrl_c_ends_everything_and_a_second_run_continues(three):
+def test_ctrl_c_ends_everything_and_a_second_run_continues(three, ordinary_kernels):
     slow = "import pathlib, time\nwhile not pathlib.Path('../../build/go').exists():\n"
     three.write_paper("toy_a", slow + "    time.sleep(0.05)\n" + EXPERIMENT)
     process = start(three, "--profile", "smoke", "--jobs", "2")

@@ -18,6 +18,8 @@ from reattend.pipeline.repro import set_profile
 from reattend.project import git
 from tests.pipeline.toy import Checkout
 
+pytestmark = pytest.mark.usefixtures("ordinary_kernels")
+
 
 def written(checkout: Checkout) -> dict[str, bytes]:
     """What a run wrote that must not depend on where it ran."""

@@ -192,7 +192,7 @@ def kernel_ends(checkout: Checkout) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_ends_its_kernel_and_changes_nothing(bare, number):
+def test_a_stopped_run_ends_its_kernel_and_changes_nothing(bare, ordinary_kernels, number):
     untouched = with_earlier_results(bare)
     process = start(bare, SLEEP)
     pid = bare.root / "notebooks" / "theory" / "pid"

@@ -113,6 +113,19 @@ def test_results_are_those_of_an_ordinary_kernel(server, run, monkeypatch):
     assert run(EXPERIMENT) == forked
 
 
+def test_a_kernel_searches_where_its_own_environment_says(server, run, monkeypatch, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "reattend.py").write_text("here = 'mine'")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "mine"))
+    assert run("import reattend\nprint(reattend.here)") == "mine\n"
+
+
+def test_a_server_in_a_server_gives_way_to_the_first(server):
+    with kernel_server(os.environ | threads()):
+        assert os.environ[VARIABLE] != server
+    assert os.environ[VARIABLE] == server
+
+
 def test_a_kernel_that_dies_is_noticed(server, run):
     with pytest.raises(DeadKernelError):
         run("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")

@@ -3,11 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from reattend.attention.host import attach
-from reattend.long_context.act import ACT
-from reattend.studies.label_words import Bank, Item, Survey, extremes_on_other_half
+from reattend.long_context.act import ACT, sinks
+from reattend.studies.label_words import (
+    Bank,
+    Item,
+    Survey,
+    extremes_on_other_half,
+    flipped_means,
+    heads_to_search,
+    sink_rates,
+)
 
 LAYERS, HEADS = 3, 4
 
@@ -79,16 +87,56 @@ def test_items_without_a_sink_keep_their_answers(bank):
     assert torch.equal(scores[1:3], bank.dense[1:3])
 
 
-def test_shares_of_classes(bank):
-    shares = bank.token_classes(
-        lambda token, behind: "last" if behind == 0 else "other",
-        ["last", "other"],
-        slice(0, LAYERS),
-        threshold=0.01,
-    )
+class Words(PreTrainedTokenizerBase):
+    """A tokenizer whose token n is a line break, a full stop or a word."""
+
+    def __init__(self):
+        pass
+
+    def decode(self, tokens):
+        return ("\n", ".", "word")[tokens[0] % 3]
+
+
+def test_shares_of_classes(items, bank):
+    shares = bank.token_classes(Words(), slice(0, LAYERS), threshold=0.01)
     assert sum(share[0] for share in shares.values()) == pytest.approx(100)
-    # Four last tokens among 2 x 11 + 2 x 8 behind the first.
-    assert shares["last"][1] == pytest.approx(100 * 4 / 38)
+    # Of the 2 x 11 + 2 x 8 tokens behind the first, three a prompt are the last three.
+    assert shares["last three"][1] == pytest.approx(100 * 12 / 38)
+    words = [token % 3 == 2 for item in items for token in item.tokens[1:-3]]
+    assert shares["word"][1] == pytest.approx(100 * sum(words) / 38)
+
+
+def test_heads_to_search_are_the_first_of_their_layers():
+    order = [(1, 3), (0, 2), (1, 0), (1, 1), (2, 2), (2, 0)]
+    assert heads_to_search(order, range(1, 3), per_layer=2, count=9) == [
+        (1, 0),
+        (1, 3),
+        (2, 0),
+        (2, 2),
+    ]
+    assert heads_to_search(order, range(3), per_layer=1, count=2) == [(0, 2), (1, 3)]
+
+
+def test_flipped_signs_keep_the_size_and_lose_the_direction():
+    changes = np.full((2, 400), 3.0)
+    changes[1, ::2] = 0
+    null = flipped_means(changes, seed=0)
+    assert null.shape == (2000, 2)
+    assert np.abs(null.mean(axis=0)).max() < 0.02
+    assert null.std(axis=0) == pytest.approx([3 / 20, 3 / 20 / np.sqrt(2)], rel=0.1)
+    # One draw of signs serves all heads: where they agree, so does chance.
+    assert np.corrcoef(null.T)[0, 1] == pytest.approx(np.sqrt(0.5), abs=0.05)
+
+
+def test_sink_rates_are_those_of_the_survey(model, items):
+    prompts = torch.tensor([items[0].tokens, items[2].tokens])
+    definitions = {"low": {"threshold": 0.3}, "never": {"threshold": 1.0}}
+    rates = sink_rates(model, prompts, definitions, slice(1, None))
+    with torch.inference_mode(), attach(model, Survey()) as survey:
+        model(prompts)
+    found = sinks(survey.stacked()[:, 1:], threshold=0.3).any(dim=-1)
+    assert rates == {"low": pytest.approx(found.double().mean().item()), "never": 0.0}
+    assert 0 < rates["low"] < 1
 
 
 def test_extremes_of_noise_vanish_and_real_ones_stay():

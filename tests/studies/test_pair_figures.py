@@ -63,3 +63,12 @@ def test_differences_sizes_strips_and_shifts_are_drawn():
     assert [line.get_linestyle() for line in fig.axes[0].lines if line.get_label() == "plain"] == [
         "--"
     ]
+
+
+def test_imitation_shows_every_pair_and_equality():
+    logits = {"one": ([1.0, -2.0, 3.0], [0.9, -1.0, 2.0]), "two": ([0.0, 1.0], [0.0, 1.0])}
+    fig = pair_figures.draw_imitation(logits, {"one": (0.9, 0.3), "two": (1.0, 0.5)})
+    points, equality = fig.axes[0].lines
+    assert points.get_ydata().tolist() == [0.9, -1.0, 2.0]
+    assert list(equality.get_xdata()) == list(equality.get_ydata()) == [-2.0, 3.0]
+    assert "R² 0.90 (labels 0.30)" in fig.axes[0].get_title()

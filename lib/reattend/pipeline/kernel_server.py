@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 
 # Not pyplot, which looks for IPython's shell when it is imported.
 MODULES = ("torch", "pandas", "scipy.stats", "matplotlib.figure", "ipykernel.kernelapp", "IPython")
@@ -62,6 +63,7 @@ def become_kernel(connection: socket.socket, request: dict, files: list[int]) ->
         for number in (signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        swap_paths(os.environ.get("PYTHONPATH", ""), request["env"].get("PYTHONPATH", ""))
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
@@ -75,6 +77,13 @@ def become_kernel(connection: socket.socket, request: dict, files: list[int]) ->
         importlib.import_module("ipykernel.kernelapp").launch_new_instance()
     finally:
         os._exit(0)  # never back into the loop that forked it
+
+
+def swap_paths(own: str, asked: str) -> None:
+    """Search for modules where the request's PYTHONPATH says, not where the server's did."""
+    leave = {str(Path(part).absolute()) for part in own.split(os.pathsep) if part}
+    ahead = [str(Path(part).absolute()) for part in asked.split(os.pathsep) if part]
+    sys.path[:] = [*ahead, *(part for part in sys.path if part not in leave)]
 
 
 def end_with(connection: socket.socket) -> None:

@@ -55,11 +55,14 @@ def kernel_server(environment: dict[str, str]) -> Iterator[None]:
                 start_new_session=True,  # Ctrl-C is not for it
                 preexec_fn=end_with_parent,
             )
+        before = os.environ.get(VARIABLE)
         os.environ[VARIABLE] = path
         try:
             yield
         finally:
             os.environ.pop(VARIABLE)
+            if before is not None:
+                os.environ[VARIABLE] = before
             server.kill()
             server.wait()
 

@@ -211,9 +211,10 @@ def _kernels(scheduler: str | None) -> AbstractContextManager:
     """A process to fork kernels from, here and on Linux: elsewhere libraries do not survive a fork."""
     if scheduler or sys.platform != "linux":
         return nullcontext()
-    from reattend.pipeline.warm_kernels import kernel_server
+    from reattend.pipeline.warm_kernels import VARIABLE, kernel_server
 
-    return kernel_server(environment())
+    # Whoever started this command may have such a process for it.
+    return nullcontext() if VARIABLE in os.environ else kernel_server(environment())
 
 
 @contextmanager

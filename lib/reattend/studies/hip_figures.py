@@ -54,6 +54,22 @@ def draw_search(
     axis.grid(False)
 
 
+def draw_weights(
+    pairs: Mapping[str, tuple[Float[Tensor, "queries keys"], Float[Tensor, "queries keys"]]],
+) -> Figure:
+    """Weights of some heads on a log scale, dense and with what the tree finds; white: not read."""
+    size = (5 * len(pairs), 2.9)
+    fig, axes = plt.subplots(1, 2 * len(pairs), figsize=size, sharex=True, sharey=True)
+    for n, (head, both) in enumerate(pairs.items()):
+        for axis, shown, name in zip(axes[2 * n :], both, ("dense", "HiP"), strict=False):
+            logs = shown.clamp_min(1e-5).log10().masked_fill(shown == 0, torch.nan)
+            axis.imshow(logs, vmin=-4, vmax=0)
+            axis.set(title=f"{head}, {name}", xlabel="key")
+            axis.grid(False)
+    axes[0].set_ylabel("query")
+    return fig
+
+
 def draw_methods(main: pd.DataFrame) -> Figure:
     """NLL above dense, one row a method: every prompt a point, their mean a bar.
 

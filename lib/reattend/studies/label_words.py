@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -286,27 +286,22 @@ class Bank:
         return flags
 
     def token_classes(
-        self,
-        class_of: Callable[[int, int], str],
-        classes: Sequence[str],
-        layers: slice,
-        **settings,
+        self, tokenizer: PreTrainedTokenizerBase, layers: slice, **settings
     ) -> dict[str, tuple[float, float]]:
         """For each class of token: its share of the sinks and of the tokens behind the first, in %.
 
         Args:
-            class_of: class of a token that has so many others behind it.
-            classes: all classes.
+            tokenizer: the model's.
             layers: whose heads count.
             settings: those of `sinks`.
         """
-        counts = {name: np.zeros(2) for name in classes}
+        counts = {name: np.zeros(2) for name in ("punctuation", "line break", "word", "last three")}
         for batch, found in zip(self.batches, self.seen, strict=True):
             often = sinks(found[0][:, layers], **settings).sum(dim=(1, 2))
             for i, row in zip(batch.tolist(), often.tolist(), strict=True):
                 for k in range(1, len(row)):
-                    name = class_of(self.items[i].tokens[k], len(row) - 1 - k)
-                    counts[name] += (row[k], 1)
+                    text = tokenizer.decode([self.items[i].tokens[k]])
+                    counts[_token_class(text, len(row) - 1 - k)] += (row[k], 1)
         total = np.maximum(sum(counts.values()), 1)
         return {name: tuple(100 * count / total) for name, count in counts.items()}
 
@@ -331,3 +326,47 @@ def extremes_on_other_half(
         highest[half == side] = changes[np.ix_(ranked[-tail:], half == side)].mean(axis=0)
         lowest[half == side] = changes[np.ix_(ranked[:tail], half == side)].mean(axis=0)
     return highest, lowest
+
+
+def _token_class(text: str, behind: int) -> str:
+    """Class of a token with its text and how many tokens stand behind it."""
+    if behind < 3:
+        return "last three"
+    if "\n" in text:
+        return "line break"
+    return "word" if any(c.isalnum() for c in text) else "punctuation"
+
+
+def sink_rates(
+    model: nn.Module,
+    prompts: Tensor,
+    definitions: Mapping[str, Mapping[str, float]],
+    layers: slice,
+) -> dict[str, float]:
+    """Share of the heads and prompts with a later sink, by each definition of a sink (settings of `sinks`)."""
+    with torch.inference_mode(), attach(model, SinkSurvey()) as survey:
+        model(prompts, logits_to_keep=1)
+    scores = survey.stacked()[:, layers]
+    return {
+        name: sinks(scores, **settings).any(dim=-1).double().mean().item()
+        for name, settings in definitions.items()
+    }
+
+
+def heads_to_search(
+    order: Sequence[tuple[int, int]], layers: range, per_layer: int, count: int
+) -> list[tuple[int, int]]:
+    """The first `count` heads (layer, head) of `order` that lie in `layers`, at most `per_layer` of each layer."""
+    found = []
+    for layer, head in order:
+        if layer in layers and sum(other == layer for other, _ in found) < per_layer:
+            found.append((layer, head))
+    return sorted(found[:count])
+
+
+def flipped_means(
+    changes: Float[np.ndarray, "heads items"], seed: int, draws: int = 2000
+) -> Float[np.ndarray, "draws heads"]:
+    """Mean changes of the heads by chance: the signs of an item's changes flipped, for all heads together."""
+    signs = np.random.default_rng(seed).choice([-1, 1], size=(draws, changes.shape[1]))
+    return signs @ changes.T / changes.shape[1]

@@ -191,3 +191,24 @@ def draw_shifts(
     np.atleast_1d(axes)[0].set_ylabel("total variation of predictions")
     fig.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside right center")
     return fig
+
+
+def draw_imitation(
+    logits: Mapping[str, tuple[Numbers, Numbers]], fits: Mapping[str, tuple[float, float]]
+) -> Figure:
+    """The student's logit against its teacher's on every test pair, one panel a task; grey: equality.
+
+    Args:
+        logits: task -> the teacher's and the student's logit of each pair.
+        fits: task -> R² of the student's logits, and of a student that learned from labels alone.
+    """
+    size = (2.4 * len(logits) + 1, 3.2)
+    fig, axes = plt.subplots(1, len(logits), figsize=size, squeeze=False)
+    for axis, (name, (teacher, student)) in zip(axes[0], logits.items(), strict=True):
+        axis.plot(teacher, student, ".", ms=3, alpha=0.4, color=COLOURS[0])
+        ends = min(teacher), max(teacher)
+        axis.plot(ends, ends, color=BASELINE, lw=1)
+        own, labels = fits[name]
+        axis.set(title=f"{name}\nR² {own:.2f} (labels {labels:.2f})", xlabel="teacher's logit")
+    axes[0, 0].set_ylabel("DSE's logit")
+    return fig

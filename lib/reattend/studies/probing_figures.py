@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float, UInt8
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from torch import Tensor
 
 from reattend.plots import BASELINE, COLOURS, REPORTED
 from reattend.studies.probing import pareto_front
@@ -56,3 +61,99 @@ def draw_curves(ax: Axes, curves: Mapping[str, Mapping[int | float, np.ndarray]]
         ax.fill_between(places, runs.min(1), runs.max(1), color=colour, alpha=0.15)
     ax.set_xticks(places)
     ax.set(ylabel="top-1 accuracy (%)")
+
+
+def draw_queries(
+    queries: Sequence[int],
+    panels: Mapping[str, tuple[np.ndarray, Mapping[str, float]]],
+) -> Figure:
+    """Accuracy (%) of EP by its number of queries, one panel an encoder; dots are single folds.
+
+    Args:
+        panels: encoder -> accuracies [queries, folds], and the accuracy of each probe drawn as a line.
+    """
+    styles = {"LP-GAP": (":", BASELINE), "LP-cls": ("--", BASELINE), "MHCA": ("-.", COLOURS[1])}
+    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.9))
+    for ax, (title, (points, levels)) in zip(axes, panels.items(), strict=True):
+        ax.plot(queries, points.mean(1), "o-", color=COLOURS[0], label="EP$_Q$, mean")
+        ax.plot(queries, points, ".", color=COLOURS[0], alpha=0.5)
+        for probe, level in levels.items():
+            line, colour = styles[probe]
+            ax.axhline(level, linestyle=line, color=colour, label=probe)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(queries, queries)
+        ax.set(xlabel="queries Q", ylabel="top-1 accuracy (%)", title=title)
+    axes[-1].legend(loc="best", frameon=True)
+    return fig
+
+
+def draw_probe_costs(
+    queries: Sequence[int],
+    macs: Mapping[str, Sequence[float]],
+    milliseconds: Mapping[str, Sequence[float]],
+    title: str,
+) -> Figure:
+    """Million multiply-adds and milliseconds a picture by number of queries; the first is the method.
+
+    Args:
+        title: of the left panel: what one picture is.
+    """
+    styles = [("o-", COLOURS[0]), ("o--", COLOURS[2]), ("^-", BASELINE)]
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.9))
+    for ax, lines in zip(axes, (macs, milliseconds), strict=True):
+        for (name, values), (style, colour) in zip(lines.items(), styles, strict=True):
+            ax.plot(queries, values, style, color=colour, label=name)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(queries, queries)
+        ax.set(yscale="log", xlabel="queries Q")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    axes[0].set(title=title, ylabel="million multiply-adds, forward")
+    axes[1].set(title="median of paired rounds", ylabel="milliseconds, forward + backward")
+    axes[0].legend(loc="best")
+    return fig
+
+
+def draw_maps(
+    pictures: UInt8[Tensor, "pictures 3 height width"],
+    maps: Float[Tensor, "pictures queries tokens"],
+) -> Figure:
+    """Pictures, and beside each the map of every query on its own scale; tokens are a square grid."""
+    grid = round(maps.shape[-1] ** 0.5)
+    fig, axes = plt.subplots(len(pictures), 1 + maps.shape[1], figsize=(9.5, 6.2))
+    for row, picture, of_picture in zip(axes, pictures, maps, strict=True):
+        row[0].imshow(picture.permute(1, 2, 0))
+        for ax, one in zip(row[1:], of_picture, strict=True):
+            ax.imshow(one.view(grid, grid), cmap="magma")
+    titles = ["picture", *(f"query {number + 1}" for number in range(maps.shape[1]))]
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=9)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return fig
+
+
+def draw_panels(
+    panels: Mapping[str, Mapping[str, Mapping[int | float, np.ndarray]]],
+    axis: str,
+    shares: bool = False,
+) -> Figure:
+    """Accuracy along one axis, one panel an encoder; as `draw_curves`.
+
+    Args:
+        panels: encoder -> probe -> place on the axis -> accuracies of the folds.
+        axis: what the axis is.
+        shares: whether places are shares, on a log scale and named in per cent.
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.9))
+    for ax, (title, curves) in zip(axes, panels.items(), strict=True):
+        if shares:
+            ax.set_xscale("log")
+        draw_curves(ax, curves)
+        if shares:
+            ax.set_xticks(ax.get_xticks(), [f"{100 * x:g} %" for x in ax.get_xticks()])
+            ax.minorticks_off()
+        ax.set(xlabel=axis, title=title)
+    axes[0].legend(loc="best")
+    return fig

@@ -8,7 +8,19 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from reattend.evidence.intervals import mean
 from reattend.plots import BASELINE, COLOURS
+
+
+def draw_example(maps: Mapping[str, np.ndarray]) -> Figure:
+    """Attention maps of one head side by side, as weights; keys to the right, queries down."""
+    fig, axes = plt.subplots(1, len(maps), figsize=(7, 3.2), sharey=True)
+    for axis, (name, drawn) in zip(axes, maps.items(), strict=True):
+        axis.imshow(drawn, cmap="Blues", vmin=0, vmax=1)
+        axis.set(title=name, xlabel="key")
+        axis.grid(False)
+    axes[0].set_ylabel("query")
+    return fig
 
 
 def draw_maps(
@@ -105,4 +117,32 @@ def draw_heads(
         axis.grid(False)
         axis.set_xticks(range(rates.shape[1]))
         fig.colorbar(picture, ax=axis, label=text)
+    return fig
+
+
+def draw_gains(correct: Mapping[tuple[str, int], Mapping[str, np.ndarray]]) -> Figure:
+    """Accuracy of each way to choose heads minus dense attention's, with 95 % intervals, paired by item.
+
+    Args:
+        correct: task and number of examples -> method -> 100 for each right answer; "dense" is among the methods.
+    """
+    fig, axis = plt.subplots(figsize=(9, 4.2))
+    marks = {
+        "ACT": (COLOURS[0], "o"),
+        "all heads": (COLOURS[1], "s"),
+        "random heads": (BASELINE, "^"),
+    }
+    groups = list(correct.values())
+    for n, (name, (colour, marker)) in enumerate(marks.items()):
+        x = [place for place, group in enumerate(groups) if name in group]
+        found = [mean(groups[place][name] - groups[place]["dense"]) for place in x]
+        y = np.array([e.effect for e in found])
+        error = np.array([(e.effect - e.low, e.high - e.effect) for e in found]).T
+        style = {"fmt": marker, "color": colour, "label": name, "ms": 5, "capsize": 2}
+        axis.errorbar(np.array(x) + 0.2 * (n - 1), y, error, **style)
+    axis.axhline(0, color=BASELINE, lw=1)
+    labels = [f"{task}\n{shots}".replace(" ", "\n") for task, shots in correct]
+    axis.set_xticks(range(len(correct)), labels, fontsize=8)
+    axis.set(xlabel="task, and examples in the prompt", ylabel="accuracy minus dense, points")
+    axis.legend()
     return fig
