@@ -262,6 +262,11 @@ def test_a_valid_noise_takes_no_step_and_stays_bit_for_bit():
     assert found.shift.divergence().tolist() == [0, 0, 0]
 
 
+def test_a_descent_unless_told_otherwise_is_initno_s():
+    released = {"limits": (0.2, 0.3), "rate": 1e-2, "epsilon": 1e-3, "bound": 1e-3}
+    assert Descent() == Descent(**released)
+
+
 def test_a_divergence_that_does_not_come_back_stops_with_the_cure():
     how = Descent((0.0, 0.0), rate=0.5, longest=1)
     noise = torch.randn(5, 7, generator=generator(0), dtype=torch.float64)
@@ -394,6 +399,20 @@ def test_the_selection_without_a_graph_is_the_one_with_it(seed, side, ratio, noi
         assert set(found.kept[row].tolist()) == kept
         copied = found.kept[row][found.source[row]].tolist()
         assert dict(zip(found.pruned[row].tolist(), copied, strict=True)) == source
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_noise_unless_told_otherwise_is_a_tenth_on_the_sum_over_4096_tokens(seed):
+    # Tokens so alike that neither no noise nor ten times as much would choose the same.
+    x = 1 + 4e-3 * tokens(seed, side=8)
+    found = SimPrune(0.5, generator=generator(seed)).select(x)
+    drawn = 0.1 / 4096 * torch.randn(2, 64, generator=generator(seed)).double()
+
+    def kept(factor):
+        return [by_graph(x[row], 0.5, factor * drawn[row], 8)[0] for row in range(2)]
+
+    assert [set(row) for row in found.kept.tolist()] == kept(1)
+    assert kept(0) != kept(1) != kept(10)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
