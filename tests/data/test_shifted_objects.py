@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reattend.data.attribute_scenes import NOUNS
-from reattend.data.shifted_objects import DOMAINS, make_objects
+from reattend.data.shifted_objects import DOMAINS, jittered, make_objects
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +60,31 @@ def test_other_domains(objects):
         assert torch.equal(objects.shifted(domain).nouns, objects.nouns)
     with pytest.raises(ValueError, match="there are: source, striped"):
         objects.shifted("foggy")
+
+
+def test_jitter_moves_and_mirrors(objects):
+    """Every view is the picture moved by two pixels at most, or its mirror image moved."""
+    pixels = objects.pixels[:40]
+    found = jittered(pixels, torch.Generator().manual_seed(0))
+    inner = slice(4, 20)
+    seen = set()
+    for picture, view in zip(pixels, found, strict=True):
+        fits = [
+            (dy, dx, mirrored)
+            for mirrored in (False, True)
+            for dy in range(-2, 3)
+            for dx in range(-2, 3)
+            if torch.equal(
+                (view.flip(2) if mirrored else view)[:, inner, inner],
+                picture.roll((-dy, -dx), (1, 2))[:, inner, inner],
+            )
+        ]
+        assert fits
+        seen |= set(fits[:1])
+    assert len({fit[0] for fit in seen}) == len({fit[1] for fit in seen}) == 5
+    assert {fit[2] for fit in seen} == {False, True}
+    still = jittered(pixels, torch.Generator().manual_seed(1), most=0)
+    same = (still == pixels).flatten(1).all(1)
+    assert 5 < same.sum() < 35
+    assert torch.equal(still[~same], pixels[~same].flip(3))
+    assert torch.equal(found, jittered(pixels, torch.Generator().manual_seed(0)))

@@ -29,6 +29,7 @@ from reattend.backbones.trained.r_amt import (
     learnt_prompts,
     masked_features,
     new_masks,
+    views_of,
 )
 from reattend.data.shifted_objects import Objects
 from reattend.trunks.image_text import ImageTextModel
@@ -90,6 +91,7 @@ def linear_probe(
 
 def tip_adapter(
     shots: Labelled,
+    views: Labelled,
     validation: Labelled,
     tested: Labelled,
     classes: Float[Tensor, "classes joint"],
@@ -102,9 +104,9 @@ def tip_adapter(
 ) -> Float[Tensor, "pictures classes"]:
     """TIP-Adapter-F (2111.03930): zero-shot logits plus those of a cache whose keys are then fine-tuned.
 
-    Keys start as the shots' features; the cache says alpha exp(-beta (1 - image . key)) one-hot(label).
-    alpha (`ratios`) and beta (`sharpnesses`) are those that do best on validation before fine-tuning; the
-    keys of the last step count, unless those of the start do better on validation.
+    Keys start as the features of `shots`; the cache says alpha exp(-beta (1 - image . key)) one-hot(label).
+    alpha (`ratios`) and beta (`sharpnesses`) are those that do best on validation before fine-tuning on
+    `views`; the keys of the last step count, unless those of the start do better on validation.
     """
     values = F.one_hot(shots.labels, len(classes)).to(shots.image)
 
@@ -114,7 +116,7 @@ def tip_adapter(
     def right(keys: Tensor, alpha: float, beta: float) -> float:
         return accuracy(logits(validation.image, keys, alpha, beta), validation.labels)
 
-    start = shots.image.clone()
+    start = shots.image
     grid = [(alpha, beta) for alpha in ratios for beta in sharpnesses]
     alpha, beta = max(grid, key=lambda pair: right(start, *pair))
     keys = start.clone().requires_grad_()
@@ -122,7 +124,7 @@ def tip_adapter(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         optimiser.zero_grad()
-        F.cross_entropy(logits(shots.image, keys, alpha, beta), shots.labels).backward()
+        F.cross_entropy(logits(views.image, keys, alpha, beta), views.labels).backward()
         optimiser.step()
         schedule.step()
     tuned = keys.detach()
@@ -174,15 +176,14 @@ def along_the_path(
     """Share of zeros in per cent, and accuracy, at the start and at every check of a training."""
     masks, classes = new_masks(model, place).to(model.log_scale.device), hand_prompts(model)
     shapes = [value.shape for value in masks.values]
-    zeros, found = [0.0], [masked_marks(model, masks, classes, objects)["accuracy"]]
+    zeros, found = [], []
     for packed in tuned.path:
         masks.set_bits(unpack_bits(packed, shapes))
-        if masks.zeros() == 0:
-            zeros.append(0.0)
-            found.append(found[0])
-            continue
         zeros.append(100 * masks.zeros())
-        found.append(masked_marks(model, masks, classes, objects)["accuracy"])
+        if found and zeros[-1] == 0:  # no bit has flipped yet
+            found.append(found[0])
+        else:
+            found.append(masked_marks(model, masks, classes, objects)["accuracy"])
     return np.array(zeros), np.array(found)
 
 
@@ -203,8 +204,8 @@ def harmonic(base: float, new: float) -> float:
 
 
 @dataclass(frozen=True)
-class Tests:
-    """Test pictures: in the shifted domain, and the same ones unshifted (what was known before)."""
+class Domains:
+    """Test pictures in the shifted domain, and the same ones unshifted (what was known before)."""
 
     target: Objects
     source: Objects
@@ -232,16 +233,18 @@ class Tests:
 
 
 def rivals(
-    setting: Setting, found: Seed, seed: int, tests: Tests, steps: int
+    setting: Setting, found: Seed, seed: int, tests: Domains, steps: int
 ) -> list[dict[str, float | str]]:
     """Classifiers of frozen features on every number of shots: linear probe and TIP-Adapter."""
     model, drawn, rows = found.model, few_shots(setting, seed), []
     classes, tested = hand_prompts(model), encoded(model, tests.target)
     for count in setting.few:
-        seen = encoded(model, drawn.shots(count)), encoded(model, drawn.validation(count)), tested
+        shots, validation = drawn.shots(count), encoded(model, drawn.validation(count))
+        views = encoded(model, views_of(shots, seed))
+        seen, scale = (encoded(model, shots), views, validation, tested), model.scale.item()
         scores = {
-            "linear probe": linear_probe(*seen),
-            "TIP-Adapter": tip_adapter(*seen, classes, model.scale.item(), steps=steps),
+            "linear probe": linear_probe(views, validation, tested),
+            "TIP-Adapter": tip_adapter(*seen, classes, scale, steps=steps),
         }
         for arm, logits in scores.items():
             rows.append({"arm": arm, "shots": count} | marks(logits, tested.labels))
@@ -249,7 +252,7 @@ def rivals(
 
 
 def tuned_marks(
-    setting: Setting, found: Seed, tests: Tests
+    setting: Setting, found: Seed, tests: Domains
 ) -> tuple[list[dict[str, float | str]], list[dict[str, float | str]]]:
     """Every training of a seed, and zero-shot and shuffled masks: in both domains, and from base to new."""
     model, most = found.model, setting.few[-1]

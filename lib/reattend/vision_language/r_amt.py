@@ -100,7 +100,7 @@ class WeightMasks(nn.Module):
         """Sum over the matrices of the Frobenius norm of M (not squared)."""
         return torch.stack([value.norm() for value in self.values]).sum()
 
-    def bits(self) -> list[Bool[Tensor, "*of_matrix"]]:
+    def bits(self) -> list[Bool[Tensor, "*_"]]:
         """Which weights take part, matrix by matrix."""
         return [value.detach() > self.threshold for value in self.values]
 
@@ -110,13 +110,13 @@ class WeightMasks(nn.Module):
         return sum(int((~b).sum()) for b in bits) / sum(b.numel() for b in bits)
 
     @torch.no_grad()
-    def set_bits(self, bits: Sequence[Bool[Tensor, "*of_matrix"]]) -> None:
+    def set_bits(self, bits: Sequence[Bool[Tensor, "*_"]]) -> None:
         """Take these bits: M becomes 1 where a weight takes part and 0 elsewhere."""
         for value, chosen in zip(self.values, bits, strict=True):
             value.copy_(chosen)
 
 
-def pack_bits(bits: Sequence[Bool[Tensor, "*of_matrix"]]) -> UInt8[Tensor, " bytes"]:
+def pack_bits(bits: Sequence[Bool[Tensor, "*_"]]) -> UInt8[Tensor, " bytes"]:
     """All bits one after another, eight to a byte, the first one highest; zeros fill the last byte."""
     flat = torch.cat([b.flatten() for b in bits])
     padded = torch.zeros(math.ceil(len(flat) / 8) * 8, dtype=torch.uint8)
@@ -127,7 +127,7 @@ def pack_bits(bits: Sequence[Bool[Tensor, "*of_matrix"]]) -> UInt8[Tensor, " byt
 
 def unpack_bits(
     packed: UInt8[Tensor, " bytes"], shapes: Sequence[torch.Size]
-) -> list[Bool[Tensor, "*of_matrix"]]:
+) -> list[Bool[Tensor, "*_"]]:
     """The bits of matrices of these shapes out of `pack_bits`.
 
     Raises:
@@ -195,7 +195,7 @@ def regularised_gradients(
     masks: WeightMasks,
     strength: float = 1.0,
     generator: Generator | None = None,
-) -> list[Float[Tensor, "*of_matrix"]]:
+) -> list[Float[Tensor, "*_"]]:
     """What the optimiser of M gets: gradients of the task through `gradient_dropout`, matrix by matrix.
 
     Args:

@@ -176,12 +176,12 @@ class Tuned:
 
     Attributes:
         values: M of every matrix at the end.
-        path: bits after every `check_every` steps, packed.
+        path: bits at the start and after every `check_every` steps, packed.
         losses: of every step.
-        dropped: share of the gradient's entries that were dropped in every step.
+        dropped: share of the gradient's entries that were set to zero in every step.
     """
 
-    values: list[Float[Tensor, "*of_matrix"]]
+    values: list[Float[Tensor, "*_"]]
     path: UInt8[Tensor, "checks bytes"]
     losses: Float[Tensor, " steps"]
     dropped: Float[Tensor, " steps"]
@@ -270,7 +270,7 @@ def tune(
     views = Generator(classes.device).manual_seed(seed)
     values = list(masks.values)
     orders = [torch.randperm(v.numel(), generator=generator, device=v.device) for v in values]
-    path, shares = [], []
+    path, shares = [pack_bits([b.cpu() for b in masks.bits()])], []
 
     def gradients(task: Tensor, logits: Tensor, seen: Tensor) -> list[Tensor]:
         if arm.strength:
@@ -379,14 +379,14 @@ SETTINGS = {
     ),
     "cpu": Setting(
         Shape(patch=6, side=(21, 24), layers=3),
-        seeds=5,
+        seeds=4,
         domain="striped",
         pictures=3000,
         batch=64,
         steps=900,
         rate=2e-3,
         pool=1000,
-        plan=TuningPlan(400, 32, 1e-4, 20, 300, 1e-2),
+        plan=TuningPlan(300, 16, 7e-5, 15, 300, 5e-3),
     ),
     "gpu": Setting(
         Shape(size=96, patch=8, side=(72, 90), width=256, layers=8, heads=8),
@@ -397,7 +397,7 @@ SETTINGS = {
         steps=4000,
         rate=1e-3,
         pool=1000,
-        plan=TuningPlan(1000, 64, 1e-4, 50, 500, 1e-2),
+        plan=TuningPlan(600, 32, 5e-5, 20, 500, 5e-3),
     ),
 }
 
@@ -465,7 +465,7 @@ def learnt_prompts(
     return contexts(model)
 
 
-def zeros_of(values: Sequence[Float[Tensor, "*of_matrix"]]) -> float:
+def zeros_of(values: Sequence[Float[Tensor, "*_"]]) -> float:
     """Share of the entries that lie at the threshold or below."""
     return sum(int((v <= THRESHOLD).sum()) for v in values) / sum(v.numel() for v in values)
 
