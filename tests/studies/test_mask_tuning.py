@@ -29,6 +29,7 @@ from reattend.studies.mask_tuning import (
     marks,
     masked_marks,
     masks_of,
+    one_step,
     rivals,
     shuffled,
     tip_adapter,
@@ -139,6 +140,27 @@ def test_path_and_gain(found, tests):
     assert scores[2] == masked_marks(found.model, changed, hand, tests.target)["accuracy"]
     assert zeros_at(np.array([0, 1, 2, 4.0]), np.array([10, 20, 48, 50.0])) == 2
     assert zeros_at(np.array([0, 1, 2, 4.0]), np.array([10, 20, 45, 50.0])) == 4
+
+
+def test_one_step_is_the_gradient_of_both_losses(found):
+    """At the start imitation has no gradient, and the task's is that of cross-entropy and norm."""
+    model, run = found.model, Run("R-AMT", 2)
+    start = [torch.full_like(v, 0.01) for v in found.tuned[run.key].values]
+    fresh = Seed(model, {run.key: replace(found.tuned[run.key], values=start)}, found.contexts)
+    values, task, old = one_step(SMOKE, fresh, 0, run, "patches.weight")
+    assert torch.equal(values, torch.full_like(values, 0.01))
+    assert old.abs().max() < 1e-6
+    shots, hand = few_shots(SMOKE, 0).shots(2), hand_prompts(model)
+    weight = model.image.patches.weight
+    try:
+        weight.requires_grad_(True)
+        logits = model.scale * model.image_tokens(shots.pixels)[:, 0] @ hand.T
+        wanted = torch.autograd.grad(F.cross_entropy(logits, shots.nouns), weight)[0]
+    finally:
+        weight.requires_grad_(False)
+    norm = 1e-4 * 0.01 / (0.01 * weight.numel() ** 0.5)
+    torch.testing.assert_close(task, wanted * weight + norm, atol=1e-6, rtol=1e-4)
+    assert one_step(SMOKE, found, 0, run, "patches.weight")[2].abs().max() > 1e-6
 
 
 def test_harmonic_mean():

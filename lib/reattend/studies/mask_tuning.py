@@ -33,7 +33,12 @@ from reattend.backbones.trained.r_amt import (
 )
 from reattend.data.shifted_objects import Objects
 from reattend.trunks.image_text import ImageTextModel
-from reattend.vision_language.r_amt import WeightMasks, unpack_bits
+from reattend.vision_language.r_amt import (
+    NORM_WEIGHT,
+    WeightMasks,
+    imitation_loss,
+    unpack_bits,
+)
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,24 @@ def zeros_at(
     """Smallest share of zeros at which `part` of the gain of the last check over the first is reached."""
     reached = scores >= scores[0] + part * (scores[-1] - scores[0])
     return float(zeros[reached].min())
+
+
+def one_step(
+    setting: Setting, found: Seed, seed: int, run: Run, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """M of one weight after a training, and what both losses say of it on all shots: M, g_a, g_b."""
+    model, arm = found.model, ARMS[run.arm]
+    masks = masks_of(model, arm.place, found.tuned[run.key].values)
+    shots = few_shots(setting, seed, model.log_scale.device).shots(run.shots)
+    classes = hand_prompts(model)
+    logits = model.scale * masked_features(model, masks, shots.pixels) @ classes.T
+    with torch.no_grad():
+        before = model.scale * model.image_tokens(shots.pixels)[:, 0] @ classes.T
+    values = masks.values[masks.names.index(name)]
+    old = torch.autograd.grad(imitation_loss(logits, before), values, retain_graph=True)[0]
+    task = F.cross_entropy(logits, shots.nouns) + NORM_WEIGHT * masks.norms()
+    own = torch.autograd.grad(task, values)[0]
+    return values.detach().cpu(), own.cpu(), old.cpu()
 
 
 def harmonic(base: float, new: float) -> float:
