@@ -386,7 +386,7 @@ SETTINGS = {
         steps=900,
         rate=2e-3,
         pool=1000,
-        plan=TuningPlan(300, 16, 7e-5, 15, 300, 5e-3),
+        plan=TuningPlan(300, 16, 7e-5, 15, 300, 0.005),
     ),
     "gpu": Setting(
         Shape(size=96, patch=8, side=(72, 90), width=256, layers=8, heads=8),
