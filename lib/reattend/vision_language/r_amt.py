@@ -85,7 +85,7 @@ class WeightMasks(nn.Module):
         self.values = nn.ParameterList(torch.full_like(weight, start) for weight in weights)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """W * 1[M > threshold] by name; the model's own weights get no gradient."""
+        """W * 1[M > threshold] by name; those weights W get no gradient."""
         pairs = zip(self.names, self.values, strict=True)
         return {
             name: model.get_parameter(name).detach() * binary_mask(value, self.threshold)
