@@ -177,6 +177,7 @@ def test_places():
     assert set(weights_in(model, PLACES["AMT"])) == attention | {"patches.weight"}
     assert set(weights_in(model, PLACES["MMT"])) == mlp
     assert set(weights_in(model, PLACES["PMT"])) == attention | mlp | {"patches.weight"}
+    assert set(weights_in(model, ("attention",))) == attention  # and no gain of `attention_norm`
     with pytest.raises(ValueError, match=r"there are: .*patches\.weight"):
         weights_in(model, ("convolution",))
 
