@@ -1,0 +1,186 @@
+"""What is asked of mask tuning and its rivals: by hand, on features whose answer is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from reattend.backbones.trained.r_amt import (
+    BASE,
+    SETTINGS,
+    Run,
+    Seed,
+    Tuned,
+    few_shots,
+    hand_prompts,
+    tune_all,
+    untrained,
+)
+from reattend.data.attribute_scenes import NOUNS
+from reattend.studies.mask_tuning import (
+    Domains,
+    Labelled,
+    accuracy,
+    along_the_path,
+    harmonic,
+    linear_probe,
+    marks,
+    masked_marks,
+    masks_of,
+    one_step,
+    rivals,
+    shuffled,
+    tip_adapter,
+    tuned_marks,
+    zeros_at,
+)
+from reattend.vision_language.r_amt import pack_bits
+
+SMOKE = SETTINGS["smoke"]
+
+
+def labelled(per_class, seed, noise=0.4, classes=5, width=12):
+    """Pictures around one direction a class, the same directions for all seeds."""
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(100 + seed)
+    labels = torch.arange(classes).repeat(per_class)
+    states = centres[labels] + noise * torch.randn(len(labels), width, generator=generator)
+    return Labelled(3 * states + 7, F.normalize(states, dim=-1), labels)
+
+
+@pytest.fixture(scope="module")
+def found():
+    model = untrained(SMOKE.shape, 0).eval().requires_grad_(False)
+    return Seed(model, *tune_all(SMOKE, model, 0))
+
+
+@pytest.fixture(scope="module")
+def tests():
+    source = SMOKE.shape.objects(96, "test", 0)
+    return Domains(source.shifted("striped"), source)
+
+
+def test_marks_by_hand():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0], [0.0, 0.5]])
+    labels = torch.tensor([0, 1, 1, 1])
+    assert accuracy(logits, labels) == 75
+    p = [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(-1)), 1 / (1 + np.exp(2)), 1 / (1 + np.exp(-0.5))]
+    assert marks(logits, labels)["NLL"] == pytest.approx(-np.log(p).mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_linear_probe_finds_classes(seed):
+    shots, validation, tested = (labelled(n, 3 * seed + i) for i, n in enumerate((4, 2, 40)))
+    logits = linear_probe(shots, validation, tested)
+    assert accuracy(logits, tested.labels) > 90
+    torch.testing.assert_close(logits.exp().sum(1), torch.ones(len(logits)))
+
+
+def test_adapter_mends_wrong_class_vectors():
+    """Class vectors of other classes: zero-shot is wrong, the cache of shots is right."""
+    shots, validation, tested = (labelled(n, i) for i, n in enumerate((4, 2, 40)))
+    classes = F.normalize(labelled(1, 9, 0.0).image.roll(1, 0), dim=-1)
+    zero_shot = accuracy(tested.image @ classes.T, tested.labels)
+    logits = tip_adapter(shots, shots, validation, tested, classes, 5.0, steps=20)
+    assert zero_shot < 30
+    assert accuracy(logits, tested.labels) > 85
+
+
+def test_adapter_by_hand_before_fine_tuning():
+    shots, validation, tested = (labelled(n, i) for i, n in enumerate((2, 2, 6)))
+    classes = F.normalize(torch.randn(5, 12, generator=torch.Generator().manual_seed(4)), dim=-1)
+    options = {"steps": 1, "rate": 0.0, "ratios": (2.0,), "sharpnesses": (3.0,)}
+    found = tip_adapter(shots, shots, validation, tested, classes, 5.0, **options)
+    for i, j in ((0, 0), (3, 4)):
+        near = [(-3 * (1 - tested.image[i] @ key)).exp() for key in shots.image[shots.labels == j]]
+        expected = 5 * tested.image[i] @ classes[j] + 2 * sum(near)
+        torch.testing.assert_close(found[i, j], expected)
+
+
+def test_masks_of_values_and_their_marks(found, tests):
+    hand, model = hand_prompts(found.model), found.model
+    values = found.tuned[Run("R-AMT", 2).key].values
+    masks = masks_of(model, "AMT", values)
+    assert all(map(torch.equal, masks.values, values))
+    with torch.no_grad():
+        image = masks(model.image, tests.target.pixels)[:, 0]
+        logits = model.scale * F.normalize(model.image_map(image), dim=-1) @ hand.T
+    expected = marks(logits, tests.target.nouns)
+    assert masked_marks(model, masks, hand, tests.target) == pytest.approx(expected)
+    half = tests.target[tests.target.nouns >= BASE]
+    new = masked_marks(model, masks, hand[BASE:], half, BASE)
+    known = marks(logits[tests.target.nouns >= BASE][:, BASE:], half.nouns - BASE)
+    assert new == pytest.approx(known)
+
+
+def test_shuffled_masks_keep_their_number(found):
+    masks = masks_of(found.model, "AMT", found.tuned[Run("R-AMT", 2).key].values)
+    moved = shuffled(masks, 0)
+    assert masks.zeros() > 0
+    for a, b in zip(masks.bits(), moved.bits(), strict=True):
+        assert a.sum() == b.sum()
+        assert not torch.equal(a, b) or a.all()
+
+
+def test_path_and_gain(found, tests):
+    values = found.tuned[Run("AMT", 2).key].values
+    bits = [torch.ones(v.shape, dtype=torch.bool) for v in values]
+    path = [pack_bits(bits)] * 2
+    bits[0][:4] = False
+    path.append(pack_bits(bits))
+    tuned = Tuned(values, torch.stack(path), torch.zeros(2), torch.zeros(2))
+    zeros, scores = along_the_path(found.model, "AMT", tuned, tests.target)
+    count = sum(v.numel() for v in values)
+    assert zeros == pytest.approx([0, 0, 100 * 4 * values[0].shape[1] / count])
+    hand = hand_prompts(found.model)
+    assert scores[0] == scores[1]
+    changed = masks_of(found.model, "AMT", [b.float() for b in bits])
+    assert scores[2] == masked_marks(found.model, changed, hand, tests.target)["accuracy"]
+    assert zeros_at(np.array([0, 1, 2, 4.0]), np.array([10, 20, 48, 50.0])) == 2
+    assert zeros_at(np.array([0, 1, 2, 4.0]), np.array([10, 20, 45, 50.0])) == 4
+
+
+def test_one_step_is_the_gradient_of_both_losses(found):
+    """At the start imitation has no gradient, and the task's is that of cross-entropy and norm."""
+    model, run = found.model, Run("R-AMT", 2)
+    start = [torch.full_like(v, 0.01) for v in found.tuned[run.key].values]
+    fresh = Seed(model, {run.key: replace(found.tuned[run.key], values=start)}, found.contexts)
+    values, task, old = one_step(SMOKE, fresh, 0, run, "patches.weight")
+    assert torch.equal(values, torch.full_like(values, 0.01))
+    assert old.abs().max() < 1e-6
+    shots, hand = few_shots(SMOKE, 0).shots(2), hand_prompts(model)
+    weight = model.image.patches.weight
+    try:
+        weight.requires_grad_(True)
+        logits = model.scale * model.image_tokens(shots.pixels)[:, 0] @ hand.T
+        wanted = torch.autograd.grad(F.cross_entropy(logits, shots.nouns), weight)[0]
+    finally:
+        weight.requires_grad_(False)
+    norm = 1e-4 * 0.01 / (0.01 * weight.numel() ** 0.5)
+    torch.testing.assert_close(task, wanted * weight + norm, atol=1e-6, rtol=1e-4)
+    assert one_step(SMOKE, found, 0, run, "patches.weight")[2].abs().max() > 1e-6
+
+
+def test_harmonic_mean():
+    assert harmonic(60.0, 30.0) == pytest.approx(40)
+    assert harmonic(60.0, 0.0) == 0
+
+
+def test_all_arms_are_marked(found, tests):
+    rows, split = tuned_marks(SMOKE, found, tests)
+    trained = [(run.arm, run.shots) for run in SMOKE.runs() if not run.base]
+    wanted = {*trained, ("zero-shot", 0), ("shuffled", 2)}
+    assert {(row["arm"], row["shots"]) for row in rows} == wanted
+    assert {row["arm"] for row in split} == {"zero-shot", "CoOp", "AMT", "R-AMT", "shuffled"}
+    zero = rows[0]
+    logits = found.model.scale * found.model.image_tokens(tests.source.pixels)[:, 0]
+    logits = logits @ hand_prompts(found.model).T
+    assert zero["source accuracy"] == accuracy(logits, tests.source.nouns)
+    assert zero["zeros"] == 0
+    others = rivals(replace(SMOKE, few=(1, 2)), found, 0, tests, steps=2)
+    assert [(row["arm"], row["shots"]) for row in others] == [
+        (arm, k) for k in (1, 2) for arm in ("linear probe", "TIP-Adapter")
+    ]
+    assert len(few_shots(SMOKE, 0).shots(2)) == 2 * len(NOUNS)
