@@ -144,7 +144,8 @@ def draw_noise(start: Tensor, shift: Shift, free: Shift, steps: Mapping[str, np.
         label = f"{name}: mean {values.mean():+.3f}, s.d. {values.std():.3f}"
         axes[2].hist(values, 80, (-4, 4), density=True, histtype="step", color=colour, label=label)
     axes[2].plot(ruler, norm.pdf(ruler), color="black", lw=0.8, label="standard normal")
-    axes[2].legend(fontsize=6.5, loc="lower center")
+    axes[2].set_ylim(top=0.58)  # room for the legend above the curves
+    axes[2].legend(fontsize=6.5, loc="upper center")
     axes[2].set_title("values of all noises")
     for place, values in enumerate(steps.values()):
         axes[3].plot(
