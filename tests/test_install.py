@@ -23,6 +23,7 @@ CORE_ROOMS = (
     "generation",
     "language_modeling",
     "long_context",
+    "multimodal_llm",
     "recommendation",
     "speech",
     "theory",

@@ -1,0 +1,1 @@
+"""Attention between pictures and words in multimodal language models; one module per paper."""
