@@ -47,7 +47,7 @@ from reattend.backbones.trained.clip import (
 )
 from reattend.data.captioned_pictures import CaptionedPictures, captioned_pictures
 from reattend.plots import COLOURS
-from reattend.trunks.encoders import CachedStates, index_batches
+from reattend.trunks.encoders import CachedStates, index_batches, masked_mean
 
 PATCHES, WORDS = 9, 5
 
@@ -260,6 +260,25 @@ def test_the_first_loss_by_hand():
     assert same.sum() > 32
     both = (logits.log_softmax(1) + logits.log_softmax(0)) * same / same.sum(1, keepdim=True)
     wanted = -both.sum().item() / 64
+    assert fit("paired", setting, kept)[1] == pytest.approx([wanted], abs=1e-4)
+
+
+def test_copies_of_a_caption_share_their_target():
+    """They differ by the channels that are left out: with their own diagonal the loss would be another."""
+    kept, setting = toy(), Setting(42, None, 8, 32, 1, 1e-3, 0.0, 0.5)
+    rows = kept.indices("train")
+    caption_of, seen = kept.caption_of[rows], pooled(kept.tokens[rows])
+    said = masked_mean(kept.words.states.float(), kept.words.mask)
+    index = next(index_batches(len(rows), 32, seed=0))
+    chosen = caption_of[index]
+    torch.manual_seed(0)
+    heads = Heads(8, 0.5)
+    heads.standardise_by(cls=seen[:, 0], patch=seen[:, 1], word=said[caption_of])
+    logits = heads.scale * heads.pictures(seen[index]) @ heads.captions(said[chosen]).T
+    same = (chosen[:, None] == chosen).float()
+    both = (logits.log_softmax(1) + logits.log_softmax(0)) / 64
+    wanted = -(both * same / same.sum(1, keepdim=True)).sum().item()
+    assert wanted != pytest.approx(-both.diagonal().sum().item(), abs=1e-2)
     assert fit("paired", setting, kept)[1] == pytest.approx([wanted], abs=1e-4)
 
 

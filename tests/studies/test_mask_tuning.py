@@ -255,21 +255,25 @@ def test_marks_of_arms_by_hand(found, tests):
 def test_rivals_see_views_and_choose_on_other_pictures(found, tests, monkeypatch):
     seen = []
 
-    def watched(shots, validation, tested):
-        seen.append((shots, validation, tested))
-        return torch.zeros(len(tested.labels), len(NOUNS))
+    def watched(*pictures, **_):
+        seen.append([part for part in pictures if isinstance(part, Labelled)])
+        return torch.zeros(len(tests.target), len(NOUNS))
 
     monkeypatch.setattr(mask_tuning, "linear_probe", watched)
-    rivals(replace(SMOKE, few=(2,)), found, 4, tests, steps=1)
-    ((shots, validation, tested),) = seen
-    drawn = few_shots(replace(SMOKE, few=(2,)), 4)
-    for given, wanted in (
-        (shots, views_of(drawn.shots(2), 4)),
-        (validation, drawn.validation(2)),
-        (tested, tests.target),
-    ):
-        torch.testing.assert_close(given.states, encoded(found.model, wanted).states)
-        assert torch.equal(given.labels, wanted.nouns)
+    monkeypatch.setattr(mask_tuning, "tip_adapter", watched)
+    setting = replace(SMOKE, few=(2,))
+    rivals(setting, found, 4, tests, steps=1)
+    drawn = few_shots(setting, 4)
+    views, validation = views_of(drawn.shots(2), 4), drawn.validation(2)
+    probe, adapter = seen
+    wanted = {
+        "probe": (probe, (views, validation, tests.target)),
+        "adapter": (adapter, (drawn.shots(2), views, validation, tests.target)),
+    }
+    for name, (given, pictures) in wanted.items():
+        for mine, objects in zip(given, pictures, strict=True):
+            torch.testing.assert_close(mine.states, encoded(found.model, objects).states)
+            assert torch.equal(mine.labels, objects.nouns), name
 
 
 def test_all_arms_are_marked(found, tests):
