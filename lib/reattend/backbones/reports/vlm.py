@@ -185,7 +185,7 @@ def draw_looks(
     side, columns = int(seen.shape[1] ** 0.5), 7
     rows = -(-len(asked) // columns)
     figure, axes = plt.subplots(
-        2 * rows, columns, figsize=(1.75 * columns, 4.1 * rows), squeeze=False
+        2 * rows, columns, figsize=(1.6 * columns, 3.9 * rows), squeeze=False
     )
     for axis in axes.flat:
         axis.axis("off")
@@ -234,13 +234,13 @@ def report(page: Page, profile: str) -> None:
         loss_table(losses(profile)),
         "Loss over the last two tenths of each stage of training",
     )
-    chosen = one_of_each(given, [*TYPES, *TYPES])
+    chosen = one_of_each(given, list(TYPES))
     places, asked = [place for place, _ in chosen], [question for _, question in chosen]
     seen, said = looked_at(model, given.tokens[places], asked)
     page.figure(
         "looks",
         draw_looks(given.scenes.pixels[places], seen, asked, said),
-        f"Questions of each type about {SIDES['train']}, the first that ask them; below the answer (blue: right) "
+        f"A question of each type about {SIDES['train']}, the first that ask them; below the answer (blue: right) "
         f"and the picture, dark where the question's last word pays no attention (mean of all layers and heads; "
         f"pictures of {SETTINGS[profile].size} pixels, {SETTINGS[profile].shape.patches} patches)",
     )
