@@ -53,7 +53,7 @@ def pictures(seed: int = 0) -> torch.Tensor:
     return torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(seed)).double()
 
 
-# --- [CLS] attention ------------------------------------------------------------------------------------------------
+# --- [CLS] attention ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", [-2, -1, 1, 2])
@@ -115,7 +115,7 @@ def test_refusals_of_towers():
         read_picture(plain, pictures())
 
 
-# --- FastV ----------------------------------------------------------------------------------------------------------
+# --- FastV ----------------------------------------------------------------------------------------
 
 
 def test_fastv_ranks_visual_tokens_by_the_mean_of_the_last_row():
@@ -126,7 +126,7 @@ def test_fastv_ranks_visual_tokens_by_the_mean_of_the_last_row():
     torch.testing.assert_close(scores[1, 3], (rows[1, :, 5]).sum() / 4)
 
 
-# --- statistics ---------------------------------------------------------------------------------------------------------
+# --- statistics ----------------------------------------------------------------------------------------
 
 
 def causal(length: int) -> torch.Tensor:

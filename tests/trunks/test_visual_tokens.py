@@ -121,7 +121,8 @@ def test_even_places_spread_over_rows_and_columns():
     assert even_places((4, 4), 4).tolist() == [5, 7, 13, 15]
     assert even_places((3, 3), 1).tolist() == [4]
     rows, columns = even_places((12, 12), 7) // 12, even_places((12, 12), 7) % 12
-    assert len(set(rows.tolist())) == 3 and columns.max() - columns.min() > 6
+    assert len(set(rows.tolist())) == 3
+    assert columns.max() - columns.min() > 6
 
 
 def test_pooling_joins_the_nearest_place():

@@ -14,6 +14,7 @@ Names of shapes: `batch`, `heads`, `tokens` (patches), `keys` = 1 + tokens ([CLS
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,6 @@ class SeenPatches:
     attention: Float[Tensor, "batch heads tokens"]
 
 
-@torch.no_grad()
 def read_picture(
     tower: nn.Module, pixels: Float[Tensor, "batch 3 height width"], layer: int = -2
 ) -> SeenPatches:
@@ -79,37 +79,53 @@ def read_picture(
     Raises:
         ValueError: for a layer that does not exist, or a tower without such projections.
     """
+    return read_layers(tower, pixels, (layer,))[0]
+
+
+@torch.no_grad()
+def read_layers(
+    tower: nn.Module, pixels: Float[Tensor, "batch 3 height width"], layers: Sequence[int]
+) -> list[SeenPatches]:
+    """`read_picture` at several layers in one pass."""
     count = tower.config.num_hidden_layers
-    block = layer - 1 if layer > 0 else count + layer
-    if not (0 <= block < count and layer):
-        raise ValueError(f"layer must lie in 1..{count} or -{count}..-1, not {layer}")
-    seen: dict[str, Tensor] = {}
+    if not all(1 <= abs(layer) <= count for layer in layers):
+        raise ValueError(f"layers must lie in 1..{count} or -{count}..-1, not {list(layers)}")
+    blocks = [layer - 1 if layer > 0 else count + layer for layer in layers]
+    query, key = (_projections(tower, name) for name in ("q_proj", "k_proj"))
+    seen: dict[nn.Module, Tensor] = {}
     hooks = [
-        module.register_forward_hook(lambda _m, _i, out, name=name: seen.__setitem__(name, out))
-        for name, module in _projections(tower, block).items()
+        module.register_forward_hook(lambda module, _, out: seen.__setitem__(module, out))
+        for block in set(blocks)
+        for module in (query[block], key[block])
     ]
     try:
-        states = tower(pixels, output_hidden_states=True).hidden_states[block + 1]
+        states = tower(pixels, output_hidden_states=True).hidden_states
     finally:
         for hook in hooks:
             hook.remove()
-    heads = tower.config.num_attention_heads
-    split = {name: out.unflatten(-1, (heads, -1)).transpose(1, 2) for name, out in seen.items()}
-    return SeenPatches(states[:, 1:], cls_attention(split["q_proj"][:, :, 0], split["k_proj"]))
+
+    def of_heads(module: nn.Module) -> Float[Tensor, "batch heads keys dim"]:
+        split = seen[module].unflatten(-1, (tower.config.num_attention_heads, -1))
+        return split.transpose(1, 2)
+
+    return [
+        SeenPatches(
+            states[block + 1][:, 1:],
+            cls_attention(of_heads(query[block])[:, :, 0], of_heads(key[block])),
+        )
+        for block in blocks
+    ]
 
 
-def _projections(tower: nn.Module, block: int) -> dict[str, nn.Module]:
-    """The projections of queries and keys of one block."""
-    found: dict[str, list[nn.Module]] = {"q_proj": [], "k_proj": []}
-    for name, module in tower.named_modules():
-        if (last := name.rpartition(".")[2]) in found:
-            found[last].append(module)
-    if any(len(modules) != tower.config.num_hidden_layers for modules in found.values()):
+def _projections(tower: nn.Module, name: str) -> list[nn.Module]:
+    """The projections of this name, one a block."""
+    found = [m for path, m in tower.named_modules() if path.rpartition(".")[2] == name]
+    if len(found) != tower.config.num_hidden_layers:
         raise ValueError(
-            f"{type(tower).__name__} does not have one q_proj and k_proj a layer: "
+            f"{type(tower).__name__} does not have one {name} a layer: "
             "give queries and keys to cls_attention instead"
         )
-    return {name: modules[block] for name, modules in found.items()}
+    return found
 
 
 # --- FastV: the language model's last prompt token ---------------------------------------------------------------
@@ -127,7 +143,7 @@ def fastv_scores(
     return last_rows.mean(1)[:, visual]
 
 
-# --- attention shift and dispersion --------------------------------------------------------------------------------
+# --- attention shift and dispersion ------------------------------------------------------------------
 
 
 def attention_curves(
