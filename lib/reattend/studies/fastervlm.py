@@ -1,0 +1,421 @@
+"""What pruning visual tokens costs a small vision-language model: the same pictures and questions under every method.
+
+All methods answer the same questions. Those that prune before the language model keep a `Reduction` a
+picture; FastV lets the first layers read everything and keeps a `Reduction` a question. Answers are chosen
+among those of the question's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reattend.data.scenes import Scenes, make_scenes
+from reattend.data.vlm_questions import (
+    BOS,
+    IDS,
+    PAD,
+    TYPES,
+    Question,
+    balanced,
+    encode,
+    questions,
+)
+from reattend.multimodal_llm.fastervlm import (
+    attention_curves,
+    cls_scores,
+    fastv_scores,
+    index_correlation,
+    read_layers,
+)
+from reattend.trunks.visual_tokens import (
+    Reduction,
+    merged_tokens,
+    pooled_tokens,
+    top_tokens,
+    uniform_tokens,
+)
+from reattend.trunks.vlm import Prompt, Rows, VisionLanguageModel
+
+# --- pictures and questions --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the vision tower gives of some pictures.
+
+    Attributes:
+        tokens: features of the patches that the language model reads.
+        scores: [CLS] attention of each patch, mean over heads, by layer of the tower.
+    """
+
+    tokens: Float[Tensor, "pictures patches tower"]
+    scores: dict[int, Float[Tensor, "pictures patches"]]
+
+
+@torch.no_grad()
+def view(
+    tower: nn.Module,
+    pixels: Float[Tensor, "pictures 3 size size"],
+    layers: Sequence[int],
+    features: int,
+    batch: int = 16,
+) -> Views:
+    """Read pictures with the tower.
+
+    Args:
+        pixels: as the tower wants them.
+        layers: whose [CLS] attention is kept; `features` is one of them.
+        features: the layer whose patches the language model reads.
+    """
+    parts = [read_layers(tower, some, layers) for some in pixels.split(batch)]
+    place = list(layers).index(features)
+    return Views(
+        torch.cat([part[place].features for part in parts]),
+        {
+            layer: torch.cat([cls_scores(part[i].attention) for part in parts])
+            for i, layer in enumerate(layers)
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Album:
+    """Pictures with their questions; what is flat runs over all questions, picture by picture.
+
+    Attributes:
+        scenes: the pictures, with what is known of them.
+        asked: questions of each picture.
+        words: their words, packed by picture and padded.
+        picture: flat: whose question it is.
+        answer: flat: place of the right answer among those of the question's type.
+    """
+
+    scenes: Scenes
+    asked: list[list[Question]]
+    words: Int[Tensor, "pictures most length"]
+    picture: Int[Tensor, " questions"]
+    answer: Int[Tensor, " questions"]
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    @property
+    def types(self) -> list[str]:
+        """Flat: the type of each question."""
+        return [question.type for some in self.asked for question in some]
+
+
+def make_album(
+    pictures: int, settings, *, split: str, seed: int, most: int, types: Sequence[str]
+) -> Album:
+    """Fresh scenes of `settings` with at most `most` questions each, of `types` alone.
+
+    Scenes about which none of these can be asked are left out.
+    """
+    scenes = make_scenes(pictures, settings, split=split, seed=seed)
+    random = np.random.default_rng([seed, 1])
+    size = float(scenes.pixels.shape[-1])
+    asked = []
+    for i in range(pictures):
+        there = scenes.labels[i] >= 0
+        found = questions(
+            scenes.labels[i][there].tolist(),
+            scenes.colours[i][there].tolist(),
+            scenes.boxes[i][there].numpy(),
+            size,
+            random,
+        )
+        asked.append(balanced([q for q in found if q.type in types], most))
+    words, _ = encode(asked)
+    flat = [q for some in asked for q in some]
+    return Album(
+        scenes,
+        asked,
+        words,
+        torch.tensor([i for i, some in enumerate(asked) for _ in some]),
+        torch.tensor([TYPES[q.type].index(q.answer) for q in flat]),
+    )
+
+
+def inside_objects(scenes: Scenes, side: int) -> Float[Tensor, "scenes patches"]:
+    """Share of every patch of a side x side grid that lies on any object."""
+    covered = scenes.masks.any(1).float()
+    return F.adaptive_avg_pool2d(covered, side).flatten(1)
+
+
+# --- answers ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Replies:
+    """How all questions were answered under one method.
+
+    Attributes:
+        nll: nats of the right answer in a softmax over the answers of its type.
+        right: 1 where the likeliest answer of the type is the right one; a mean over draws is a share.
+        chosen: place of the likeliest answer among those of the type.
+    """
+
+    nll: Float[Tensor, " questions"]
+    right: Float[Tensor, " questions"]
+    chosen: Int[Tensor, " questions"]
+
+
+def judged(logits: Float[Tensor, "questions vocabulary"], album: Album) -> Replies:
+    """Compare scores of words with the right answers, among the answers of each question's type."""
+    nll, chosen = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.long)
+    types = np.array(album.types)
+    for name in set(types):
+        at = torch.from_numpy(np.flatnonzero(types == name))
+        among = logits[at][:, [IDS[word] for word in TYPES[name]]].float().log_softmax(1)
+        nll[at] = -among.gather(1, album.answer[at, None])[:, 0]
+        chosen[at] = among.argmax(1)
+    return Replies(nll, (chosen == album.answer).float(), chosen)
+
+
+def mean_replies(draws: Sequence[Replies]) -> Replies:
+    """Draws of a random method as one: means of nll and of right, the first draw's choices."""
+    nll, right = (
+        torch.stack([getattr(d, name) for d in draws]).mean(0) for name in ("nll", "right")
+    )
+    return Replies(nll, right, draws[0].chosen)
+
+
+Select = Callable[[slice, int], Reduction]
+"""From a slice of the pictures and the number of tokens to keep to what is kept of each."""
+
+
+def by_score(scores: Float[Tensor, "pictures patches"]) -> Select:
+    """Keep the patches of the highest scores."""
+    return lambda some, kept: top_tokens(scores[some], kept)
+
+
+def selections(
+    views: Views,
+    layer: int,
+    mean_map: Float[Tensor, " patches"],
+    inside: Float[Tensor, "pictures patches"],
+    grid: tuple[int, int],
+    draws: int,
+    seed: int,
+) -> dict[str, list[Select]]:
+    """Every method that prunes before the language model, with its draws.
+
+    Args:
+        layer: of the tower whose [CLS] FasterVLM asks.
+        mean_map: [CLS] attention averaged over other pictures: position alone.
+        inside: how much of each patch lies on objects: an upper end that knows where they are.
+        draws: of the random method.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape, device = inside.shape, views.tokens.device
+    found: dict[str, list[Select]] = {
+        "FasterVLM": [by_score(views.scores[layer])],
+        "mean [CLS] map": [by_score(mean_map.expand(shape))],
+        "random": [
+            by_score(torch.rand(shape, generator=generator).to(device)) for _ in range(draws)
+        ],
+        "uniform grid": [lambda some, k: _to(uniform_tokens(grid, k, _count(some, shape)), device)],
+        "pooling": [lambda some, k: _to(pooled_tokens(grid, k, _count(some, shape)), device)],
+        "merging": [lambda some, k: merged_tokens(views.tokens[some], k)],
+        "objects": [by_score(inside)],
+    }
+    return found
+
+
+def _count(some: slice, shape: torch.Size) -> int:
+    return len(range(*some.indices(shape[0])))
+
+
+def _to(reduction: Reduction, device: torch.device) -> Reduction:
+    return Reduction(reduction.places.to(device), reduction.groups.to(device))
+
+
+class Reader:
+    """The frozen language model, and how it answers an album's questions.
+
+    Args:
+        model: the vision-language model.
+        views: of the album's pictures.
+        depth: K, layers that read all tokens under FastV.
+        batch: pictures read together.
+    """
+
+    def __init__(
+        self, model: VisionLanguageModel, album: Album, views: Views, depth: int, batch: int = 24
+    ) -> None:
+        self.model, self.album, self.depth, self.batch = model, album, depth, batch
+        self.words = album.words.to(views.tokens.device)
+        with torch.no_grad():
+            self.pictures = model.project(views.tokens)
+
+    @torch.no_grad()
+    def blind(self) -> Replies:
+        """Questions without the picture's tokens."""
+        parts = [self._answers(None, None, some) for some in self._slices()]
+        return judged(torch.cat(parts).cpu(), self.album)
+
+    @torch.no_grad()
+    def pruned(self, select: Select, kept: int) -> Replies:
+        """Pruned before the model; positions are counted anew."""
+        parts = []
+        for some in self._slices():
+            reduction = select(some, kept)
+            short = reduction.keep(self.pictures[some])
+            parts.append(self._answers(short, reduction.places, some))
+        return judged(torch.cat(parts).cpu(), self.album)
+
+    @torch.no_grad()
+    def fastv(
+        self,
+        ranks: Mapping[str, Callable[[Float[Tensor, "questions patches"]], Tensor]],
+        counts: Sequence[int],
+        progress: Callable = lambda items: items,
+    ) -> tuple[Replies, Float[Tensor, "questions patches"], dict[tuple[str, int], Replies]]:
+        """Dense answers, FastV's scores of every question, and answers pruned before layer K at old positions.
+
+        Args:
+            ranks: by name: from FastV's scores to those by which tokens are kept.
+            counts: of tokens to keep.
+        """
+        dense, scores = [], []
+        pruned: dict[tuple[str, int], list[Tensor]] = {(n, k): [] for n in ranks for k in counts}
+        for some in progress(list(self._slices())):
+            logits, score, halfway = self._first_layers(some)
+            dense.append(logits)
+            scores.append(score)
+            for name, rank in ranks.items():
+                ranked = rank(score)
+                for kept in counts:
+                    left = halfway.keep_patches(top_tokens(ranked, kept).places)
+                    read = self.model.read(left, first=self.depth)
+                    pruned[name, kept].append(self.model.answers(read))
+        replies = {k: judged(torch.cat(v).cpu(), self.album) for k, v in pruned.items()}
+        return judged(torch.cat(dense).cpu(), self.album), torch.cat(scores), replies
+
+    def _slices(self) -> Iterator[slice]:
+        for start in range(0, len(self.album), self.batch):
+            yield slice(start, min(start + self.batch, len(self.album)))
+
+    def _answers(self, pictures: Tensor | None, places: Tensor | None, some: slice) -> Tensor:
+        prompt = self.model.prompt(IDS[BOS], pictures, self.words[some], IDS[PAD], places)
+        return self.model.answers(self.model.read(prompt))
+
+    def _first_layers(self, some: slice) -> tuple[Tensor, Tensor, Prompt]:
+        """Dense scores of words, FastV's scores, and the states before layer K, a prompt for each question."""
+        prompt = self.model.prompt(IDS[BOS], self.pictures[some], self.words[some], IDS[PAD])
+        counts = prompt.asked.sum(1)
+        real = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+        order = prompt.asked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        places = order[:, : real.shape[1]]
+        rows, halfway = Rows((self.depth - 1,), lambda _: places), []
+
+        def watch(number: int, now: Prompt, _found: Mapping) -> Prompt:
+            if number == self.depth:
+                halfway.append(now)
+            return now
+
+        logits = self.model.answers(self.model.read(prompt, rows=rows, before_layer=watch))
+        last = rows.found[self.depth - 1].transpose(1, 2)[real]
+        common = 1 + self.pictures.shape[1]
+        scores = fastv_scores(last, slice(1, common))
+        return logits, scores, self._one_prompt_each(halfway[0], real, common)
+
+    def _one_prompt_each(
+        self, packed: Prompt, real: Bool[Tensor, "pictures most"], common: int
+    ) -> Prompt:
+        picture, number = real.nonzero().T
+        length = self.words.shape[2]
+        shared = torch.arange(common, device=real.device).expand(len(picture), -1)
+        own = common + number[:, None] * length + torch.arange(length, device=real.device)
+        of = Prompt(**{name: value[picture] for name, value in vars(packed).items()})
+        return of.take(torch.cat([shared, own], 1))
+
+
+# --- scores of a method -------------------------------------------------------------------------------------
+
+
+def average_percent(
+    right: Float[Tensor, " questions"], dense: Float[Tensor, " questions"], album: Album
+) -> Float[np.ndarray, " pictures"]:
+    """One value a picture whose mean is the paper's Average: of each type's accuracy relative to dense, in per cent.
+
+    A picture without questions of a type adds nothing to that type; the dense accuracies are held fixed.
+    """
+    types, picture = np.array(album.types), album.picture.numpy()
+    values = np.zeros(len(album))
+    names = sorted(set(types))
+    for name in names:
+        at = types == name
+        share = right.numpy()[at] / dense.numpy()[at].mean() / at.sum() / len(names)
+        np.add.at(values, picture[at], 100 * len(album) * share)
+    return values
+
+
+def of_pictures(
+    values: Float[Tensor, " questions"], album: Album
+) -> Float[np.ndarray, " pictures"]:
+    """Mean over each picture's questions."""
+    picture = album.picture.numpy()
+    sums = np.bincount(picture, values.numpy().astype(float), len(album))
+    return sums / np.bincount(picture, minlength=len(album))
+
+
+def type_accuracy(right: Float[Tensor, " questions"], album: Album) -> dict[str, float]:
+    """Per cent of right answers by type."""
+    types = np.array(album.types)
+    return {
+        name: 100 * float(right.numpy()[types == name].mean()) for name in TYPES if name in types
+    }
+
+
+# --- attention shift ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def lm_curves(
+    model: VisionLanguageModel,
+    pictures: Float[Tensor, "pictures patches width"],
+    words: Int[Tensor, "pictures length"],
+    batch: int = 24,
+) -> dict[str, Float[np.ndarray, "pictures layers patches"]]:
+    """Attention that visual tokens receive in every layer of the language model, one question a picture.
+
+    Prompts of equally many words are read together, so that none has padding.
+    """
+    layers, patches = model.shape.layers, pictures.shape[1]
+    found: dict[str, Tensor] = {}
+    lengths = (words != IDS[PAD]).sum(1)
+    for length in lengths.unique().tolist():
+        for at in (lengths == length).nonzero()[:, 0].split(batch):
+            prompt = model.prompt(IDS[BOS], pictures[at], words[at, None, :length], IDS[PAD])
+            everything = torch.arange(prompt.length, device=words.device).expand(len(at), -1)
+            rows = Rows(range(layers), lambda _, all=everything: all)
+            model.read(prompt, rows=rows)
+            for layer, weights in rows.found.items():
+                curves = attention_curves(weights.mean(1), slice(1, 1 + patches))
+                for name, curve in curves.items():
+                    shape = (len(words), layers, patches)
+                    kept = found.setdefault(name, torch.empty(shape))
+                    kept[at.cpu(), layer] = curve.float().cpu()
+    return {name: curve.numpy() for name, curve in found.items()}
+
+
+def group_rho(
+    curves: Float[np.ndarray, "pictures patches"], group: int
+) -> Float[np.ndarray, " groups"]:
+    """Spearman's rho of index and attention, of the mean curve of every `group` pictures in turn.
+
+    The paper's rho is that of a mean curve; a rank correlation is no mean over pictures, and a single picture's curve
+    is mostly content, so groups are the points. Pictures beyond the last whole group are left out.
+    """
+    count = len(curves) // group
+    means = curves[: count * group].reshape(count, group, -1).mean(1)
+    return index_correlation(torch.from_numpy(means)).numpy()

@@ -1,0 +1,189 @@
+"""The experiment on FasterVLM: every method at full length is the dense model, and scores add up."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from reattend.data.scenes import SceneSettings
+from reattend.data.vlm_questions import BOS, IDS, PAD, TYPES
+from reattend.multimodal_llm.fastervlm import attention_curves, fastv_scores
+from reattend.studies.fastervlm import (
+    Album,
+    Reader,
+    Replies,
+    Views,
+    average_percent,
+    by_score,
+    group_rho,
+    inside_objects,
+    judged,
+    lm_curves,
+    make_album,
+    mean_replies,
+    of_pictures,
+    selections,
+    type_accuracy,
+)
+from reattend.trunks.visual_tokens import top_tokens
+from reattend.trunks.vlm import NO_PATCH, Rows, VisionLanguageModel, VLMShape, last_asked
+
+GRID = (4, 5)
+SETTINGS = SceneSettings(size=40, objects=(2, 3), scale=(0.25, 0.4))
+
+
+@pytest.fixture(scope="module")
+def album() -> Album:
+    return make_album(7, SETTINGS, split="train", seed=3, most=5, types=list(TYPES))
+
+
+@pytest.fixture(scope="module")
+def reader(album) -> Reader:
+    torch.manual_seed(0)
+    shape = VLMShape(
+        vocabulary=len(IDS), grid=GRID, tower=6, width=16, layers=3, heads=2, hidden=12
+    )
+    model = VisionLanguageModel(shape).double().eval()
+    for name, weight in model.named_parameters():
+        if name.endswith(("q.weight", "k.weight")):
+            torch.nn.init.normal_(weight, std=0.6)
+    views = Views(torch.randn(7, 20, 6).double(), {2: torch.rand(7, 20).double()})
+    return Reader(model, album, views, depth=2, batch=3)
+
+
+@pytest.fixture(scope="module")
+def dense(reader) -> tuple:
+    ranks = {"FastV": lambda s: s, "reversed": lambda s: -s}
+    return reader.fastv(ranks, [20, 6])
+
+
+def methods(reader: Reader) -> dict:
+    views = Views(reader.pictures, {2: torch.rand(7, 20).double()})
+    return selections(views, 2, torch.rand(20).double(), torch.rand(7, 20).double(), GRID, 2, 0)
+
+
+def test_everything_kept_is_the_dense_model(reader, dense):
+    replies, _, pruned = dense
+    for name, draws in methods(reader).items():
+        torch.testing.assert_close(reader.pruned(draws[0], 20).nll, replies.nll, msg=name)
+    torch.testing.assert_close(pruned["FastV", 20].nll, replies.nll)
+
+
+def test_methods_differ_once_they_prune(reader, dense):
+    replies, _, pruned = dense
+    nll = {name: reader.pruned(draws[0], 6).nll for name, draws in methods(reader).items()}
+    nll |= {"dense": replies.nll, "FastV": pruned["FastV", 6].nll, "blind": reader.blind().nll}
+    nll["reversed"] = pruned["reversed", 6].nll
+    for a in nll:
+        assert all((nll[a] - nll[b]).abs().max() > 1e-4 for b in nll if a != b), a
+
+
+def test_fastv_is_the_model_that_drops_between_layers(reader, dense, album):
+    """Question by question, without packing: rank by layer K - 1, drop before layer K, positions as they were."""
+    _, scores, pruned = dense
+    model, flat = reader.model, 0
+    logits = []
+    for picture, some in enumerate(album.asked):
+        for number in range(len(some)):
+            words = album.words[picture, number]
+            words = words[words != IDS[PAD]][None, None]
+            pictures = reader.pictures[picture, None]
+            prompt = model.prompt(IDS[BOS], pictures, words, IDS[PAD])
+            rows = Rows((1,), last_asked)
+
+            def drop(layer, now, found, flat=flat):
+                if layer != 2:
+                    return now
+                score = fastv_scores(found[1][:, :, 0], slice(1, 21))
+                torch.testing.assert_close(score, scores[flat, None])
+                return now.keep_patches(top_tokens(score, 6).places)
+
+            with torch.no_grad():
+                read = model.read(prompt, rows=rows, before_layer=drop)
+            assert (read.patches != NO_PATCH).sum() == 6
+            assert read.positions.max() == 20 + words.shape[2]
+            logits.append(model.answers(read))
+            flat += 1
+    wanted = judged(torch.cat(logits), album)
+    torch.testing.assert_close(pruned["FastV", 6].nll, wanted.nll)
+
+
+def test_pruning_before_the_model_counts_positions_anew(reader, album):
+    """The same as a picture that has these tokens alone, at their own rows and columns."""
+    scores = torch.rand(7, 20, generator=torch.Generator().manual_seed(1))
+    kept = reader.pruned(by_score(scores), 6)
+    logits = []
+    for picture in range(7):
+        places = scores[picture].topk(6).indices.sort().values[None]
+        short = reader.pictures[picture, None, places[0]]
+        words = album.words[picture, None]
+        with torch.no_grad():
+            prompt = reader.model.prompt(IDS[BOS], short, words, IDS[PAD], places)
+            assert prompt.positions.max() == 6 + words.shape[2]
+            logits.append(reader.model.answers(reader.model.read(prompt)))
+    torch.testing.assert_close(kept.nll, judged(torch.cat(logits), album).nll)
+
+
+def test_answers_are_judged_among_those_of_their_type(album):
+    logits = torch.zeros(len(album.answer), len(IDS))
+    right = judged(logits, album)
+    sizes = torch.tensor([len(TYPES[name]) for name in album.types]).float()
+    torch.testing.assert_close(right.nll, sizes.log())
+    words = [q.answer for some in album.asked for q in some]
+    logits[range(len(words)), [IDS[word] for word in words]] = 2
+    logits[:, IDS["?"]] = 9
+    assert judged(logits, album).right.all()
+    assert type_accuracy(judged(logits, album).right, album) == {
+        name: 100 for name in TYPES if name in album.types
+    }
+
+
+def test_the_average_is_the_papers(album):
+    generator = torch.Generator().manual_seed(0)
+    right = (torch.rand(len(album.answer), generator=generator) < 0.6).float()
+    dense = torch.ones_like(right)
+    types = np.array(album.types)
+    wanted = np.mean([right.numpy()[types == name].mean() for name in set(types)])
+    values = average_percent(right, dense, album)
+    assert values.shape == (7,)
+    assert values.mean() == pytest.approx(100 * wanted)
+    assert average_percent(right, right, album).mean() == pytest.approx(100)
+
+
+def test_draws_are_averaged_and_questions_too(album):
+    n = len(album.answer)
+    a, b = (
+        Replies(torch.full((n,), v), torch.full((n,), v), torch.zeros(n).long()) for v in (1.0, 2.0)
+    )
+    both = mean_replies([a, b])
+    assert both.nll.eq(1.5).all()
+    assert both.right.eq(1.5).all()
+    per_picture = of_pictures(album.picture.float(), album)
+    assert per_picture.tolist() == list(range(7))
+
+
+def test_curves_of_the_language_model_are_those_of_each_prompt_alone(reader, album):
+    words = album.words[:, 0]
+    curves = lm_curves(reader.model, reader.pictures, words, batch=2)
+    assert curves["last"].shape == (7, 3, 20)
+    own = words[4][words[4] != IDS[PAD]][None, None]
+    prompt = reader.model.prompt(IDS[BOS], reader.pictures[4, None], own, IDS[PAD])
+    rows = Rows((1,), lambda p: torch.arange(p.length)[None])
+    with torch.no_grad():
+        reader.model.read(prompt, rows=rows)
+    wanted = attention_curves(rows.found[1].mean(1), slice(1, 21))
+    for name, curve in wanted.items():
+        np.testing.assert_allclose(curves[name][4, 1], curve[0], rtol=1e-5)
+
+
+def test_rho_is_that_of_mean_curves_of_groups():
+    curves = np.random.default_rng(0).random((23, 30)) + np.linspace(0, 1, 30)
+    found = group_rho(curves, 10)
+    wanted = [spearmanr(curves[i : i + 10].mean(0), range(30))[0] for i in (0, 10)]
+    assert found.tolist() == pytest.approx(wanted, abs=1e-12)
+
+
+def test_shares_inside_objects(album):
+    inside = inside_objects(album.scenes, 4)
+    area = album.scenes.masks.any(1).float().mean((1, 2))
+    torch.testing.assert_close(inside.mean(1), area)
