@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from reattend.data.scenes import SceneSettings
+from reattend.data.scenes import SceneSettings, make_scenes
 from reattend.data.vlm_questions import BOS, IDS, PAD, TYPES
 from reattend.multimodal_llm.fastervlm import attention_curves, fastv_scores
 from reattend.studies.fastervlm import (
@@ -28,13 +28,14 @@ from reattend.studies.fastervlm import (
 from reattend.trunks.visual_tokens import top_tokens
 from reattend.trunks.vlm import NO_PATCH, Rows, VisionLanguageModel, VLMShape, last_asked
 
-GRID = (4, 5)
+GRID, N = (4, 4), 16
 SETTINGS = SceneSettings(size=40, objects=(2, 3), scale=(0.25, 0.4))
 
 
 @pytest.fixture(scope="module")
 def album() -> Album:
-    return make_album(7, SETTINGS, split="train", seed=3, most=5, types=list(TYPES))
+    scenes = make_scenes(7, SETTINGS, split="train", seed=3)
+    return make_album(scenes, seed=3, most=5, types=list(TYPES))
 
 
 @pytest.fixture(scope="module")
@@ -47,26 +48,26 @@ def reader(album) -> Reader:
     for name, weight in model.named_parameters():
         if name.endswith(("q.weight", "k.weight")):
             torch.nn.init.normal_(weight, std=0.6)
-    views = Views(torch.randn(7, 20, 6).double(), {2: torch.rand(7, 20).double()})
+    views = Views(torch.randn(7, N, 6).double(), {2: torch.rand(7, N).double()})
     return Reader(model, album, views, depth=2, batch=3)
 
 
 @pytest.fixture(scope="module")
 def dense(reader) -> tuple:
     ranks = {"FastV": lambda s: s, "reversed": lambda s: -s}
-    return reader.fastv(ranks, [20, 6])
+    return reader.fastv(ranks, [N, 6])
 
 
 def methods(reader: Reader) -> dict:
-    views = Views(reader.pictures, {2: torch.rand(7, 20).double()})
-    return selections(views, 2, torch.rand(20).double(), torch.rand(7, 20).double(), GRID, 2, 0)
+    views = Views(reader.pictures, {2: torch.rand(7, N).double()})
+    return selections(views, 2, torch.rand(N).double(), torch.rand(7, N).double(), 2, 0)
 
 
 def test_everything_kept_is_the_dense_model(reader, dense):
     replies, _, pruned = dense
     for name, draws in methods(reader).items():
-        torch.testing.assert_close(reader.pruned(draws[0], 20).nll, replies.nll, msg=name)
-    torch.testing.assert_close(pruned["FastV", 20].nll, replies.nll)
+        torch.testing.assert_close(reader.pruned(draws[0], N).nll, replies.nll, msg=name)
+    torch.testing.assert_close(pruned["FastV", N].nll, replies.nll)
 
 
 def test_methods_differ_once_they_prune(reader, dense):
@@ -94,14 +95,14 @@ def test_fastv_is_the_model_that_drops_between_layers(reader, dense, album):
             def drop(layer, now, found, flat=flat):
                 if layer != 2:
                     return now
-                score = fastv_scores(found[1][:, :, 0], slice(1, 21))
+                score = fastv_scores(found[1][:, :, 0], slice(1, N + 1))
                 torch.testing.assert_close(score, scores[flat, None])
                 return now.keep_patches(top_tokens(score, 6).places)
 
             with torch.no_grad():
                 read = model.read(prompt, rows=rows, before_layer=drop)
             assert (read.patches != NO_PATCH).sum() == 6
-            assert read.positions.max() == 20 + words.shape[2]
+            assert read.positions.max() == N + words.shape[2]
             logits.append(model.answers(read))
             flat += 1
     wanted = judged(torch.cat(logits), album)
@@ -110,7 +111,7 @@ def test_fastv_is_the_model_that_drops_between_layers(reader, dense, album):
 
 def test_pruning_before_the_model_counts_positions_anew(reader, album):
     """The same as a picture that has these tokens alone, at their own rows and columns."""
-    scores = torch.rand(7, 20, generator=torch.Generator().manual_seed(1))
+    scores = torch.rand(7, N, generator=torch.Generator().manual_seed(1))
     kept = reader.pruned(by_score(scores), 6)
     logits = []
     for picture in range(7):
@@ -165,13 +166,13 @@ def test_draws_are_averaged_and_questions_too(album):
 def test_curves_of_the_language_model_are_those_of_each_prompt_alone(reader, album):
     words = album.words[:, 0]
     curves = lm_curves(reader.model, reader.pictures, words, batch=2)
-    assert curves["last"].shape == (7, 3, 20)
+    assert curves["last"].shape == (7, 3, N)
     own = words[4][words[4] != IDS[PAD]][None, None]
     prompt = reader.model.prompt(IDS[BOS], reader.pictures[4, None], own, IDS[PAD])
     rows = Rows((1,), lambda p: torch.arange(p.length)[None])
     with torch.no_grad():
         reader.model.read(prompt, rows=rows)
-    wanted = attention_curves(rows.found[1].mean(1), slice(1, 21))
+    wanted = attention_curves(rows.found[1].mean(1), slice(1, N + 1))
     for name, curve in wanted.items():
         np.testing.assert_allclose(curves[name][4, 1], curve[0], rtol=1e-5)
 

@@ -7,16 +7,18 @@ among those of the question's type.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reattend.data.scenes import Scenes, make_scenes
+from reattend.backbones.pretrained.vit import prepare
+from reattend.data.scenes import Scenes
 from reattend.data.vlm_questions import (
     BOS,
     IDS,
@@ -41,7 +43,7 @@ from reattend.trunks.visual_tokens import (
     top_tokens,
     uniform_tokens,
 )
-from reattend.trunks.vlm import Prompt, Rows, VisionLanguageModel
+from reattend.trunks.vlm import Prompt, Rows, VisionLanguageModel, last_asked
 
 # --- pictures and questions --------------------------------------------------------------------------
 
@@ -62,19 +64,23 @@ class Views:
 @torch.no_grad()
 def view(
     tower: nn.Module,
-    pixels: Float[Tensor, "pictures 3 size size"],
+    pixels: UInt8[Tensor, "pictures 3 height width"],
     layers: Sequence[int],
     features: int,
+    size: int,
     batch: int = 16,
 ) -> Views:
-    """Read pictures with the tower.
+    """Read pictures with the tower, on the tower's device.
 
     Args:
-        pixels: as the tower wants them.
         layers: whose [CLS] attention is kept; `features` is one of them.
         features: the layer whose patches the language model reads.
+        size: side in pixels at which the tower sees pictures.
     """
-    parts = [read_layers(tower, some, layers) for some in pixels.split(batch)]
+    device = next(tower.parameters()).device
+    parts = [
+        read_layers(tower, prepare(some.to(device), size), layers) for some in pixels.split(batch)
+    ]
     place = list(layers).index(features)
     return Views(
         torch.cat([part[place].features for part in parts]),
@@ -112,18 +118,16 @@ class Album:
         return [question.type for some in self.asked for question in some]
 
 
-def make_album(
-    pictures: int, settings, *, split: str, seed: int, most: int, types: Sequence[str]
-) -> Album:
-    """Fresh scenes of `settings` with at most `most` questions each, of `types` alone.
+def make_album(scenes: Scenes, *, seed: int, most: int, types: Sequence[str]) -> Album:
+    """Ask at most `most` questions about each scene, of `types` alone, types in turn.
 
-    Scenes about which none of these can be asked are left out.
+    Raises:
+        ValueError: when there is a scene about which none of these can be asked.
     """
-    scenes = make_scenes(pictures, settings, split=split, seed=seed)
     random = np.random.default_rng([seed, 1])
     size = float(scenes.pixels.shape[-1])
     asked = []
-    for i in range(pictures):
+    for i in range(len(scenes)):
         there = scenes.labels[i] >= 0
         found = questions(
             scenes.labels[i][there].tolist(),
@@ -133,6 +137,10 @@ def make_album(
             random,
         )
         asked.append(balanced([q for q in found if q.type in types], most))
+    if not all(asked):
+        raise ValueError(
+            "a scene without questions: ask for 'count' or 'exist', which every scene has"
+        )
     words, _ = encode(asked)
     flat = [q for some in asked for q in some]
     return Album(
@@ -197,12 +205,26 @@ def by_score(scores: Float[Tensor, "pictures patches"]) -> Select:
     return lambda some, kept: top_tokens(scores[some], kept)
 
 
+METHODS = (
+    "FasterVLM",
+    "FastV",
+    "FastV minus mean map",
+    "FastV, random ranking",
+    "mean [CLS] map",
+    "random",
+    "uniform grid",
+    "pooling",
+    "merging",
+    "objects",
+)
+"""All that prune. "objects" keeps the patches that objects cover most: what knowing where they are would give."""
+
+
 def selections(
     views: Views,
     layer: int,
     mean_map: Float[Tensor, " patches"],
     inside: Float[Tensor, "pictures patches"],
-    grid: tuple[int, int],
     draws: int,
     seed: int,
 ) -> dict[str, list[Select]]:
@@ -211,31 +233,27 @@ def selections(
     Args:
         layer: of the tower whose [CLS] FasterVLM asks.
         mean_map: [CLS] attention averaged over other pictures: position alone.
-        inside: how much of each patch lies on objects: an upper end that knows where they are.
+        inside: how much of each patch lies on objects.
         draws: of the random method.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shape, device = inside.shape, views.tokens.device
-    found: dict[str, list[Select]] = {
+    generator, shape, device = torch.Generator().manual_seed(seed), inside.shape, inside.device
+    grid = (math.isqrt(shape[1]),) * 2
+    random = [torch.rand(shape, generator=generator).to(device) for _ in range(draws)]
+    return {
         "FasterVLM": [by_score(views.scores[layer])],
         "mean [CLS] map": [by_score(mean_map.expand(shape))],
-        "random": [
-            by_score(torch.rand(shape, generator=generator).to(device)) for _ in range(draws)
+        "random": [by_score(scores) for scores in random],
+        "uniform grid": [
+            lambda some, kept: uniform_tokens(grid, kept, _count(some, shape)).to(device)
         ],
-        "uniform grid": [lambda some, k: _to(uniform_tokens(grid, k, _count(some, shape)), device)],
-        "pooling": [lambda some, k: _to(pooled_tokens(grid, k, _count(some, shape)), device)],
-        "merging": [lambda some, k: merged_tokens(views.tokens[some], k)],
+        "pooling": [lambda some, kept: pooled_tokens(grid, kept, _count(some, shape)).to(device)],
+        "merging": [lambda some, kept: merged_tokens(views.tokens[some], kept)],
         "objects": [by_score(inside)],
     }
-    return found
 
 
 def _count(some: slice, shape: torch.Size) -> int:
     return len(range(*some.indices(shape[0])))
-
-
-def _to(reduction: Reduction, device: torch.device) -> Reduction:
-    return Reduction(reduction.places.to(device), reduction.groups.to(device))
 
 
 class Reader:
@@ -376,6 +394,41 @@ def type_accuracy(right: Float[Tensor, " questions"], album: Album) -> dict[str,
     }
 
 
+def type_shares(
+    values: Float[Tensor, " questions"], album: Album
+) -> dict[str, Float[np.ndarray, " pictures"]]:
+    """By type, one number a picture whose mean is the mean over the type's questions, in per cent."""
+    types, picture = np.array(album.types), album.picture.numpy()
+    found = {}
+    for name in dict.fromkeys(album.types):
+        at = types == name
+        found[name] = np.zeros(len(album))
+        np.add.at(found[name], picture[at], 100 * len(album) * values.numpy()[at] / at.sum())
+    return found
+
+
+def one_question_each(album: Album, pictures: int) -> list[int]:
+    """Flat places of one question about each of the first pictures: the next type each time, where there is one."""
+    chosen = []
+    for picture in range(min(pictures, len(album))):
+        own = (album.picture == picture).nonzero()[:, 0].tolist()
+        chosen.append(own[picture % len(own)])
+    return chosen
+
+
+def said_of(replies: Replies, album: Album, flat: int) -> tuple[str, bool]:
+    """The answer given to a question, and whether it is right."""
+    return TYPES[album.types[flat]][replies.chosen[flat]], bool(
+        replies.chosen[flat] == album.answer[flat]
+    )
+
+
+def question_of(album: Album, flat: int) -> str:
+    """A question with its right answer, on two lines."""
+    question = [question for some in album.asked for question in some][flat]
+    return f"{question.text}\n{question.answer}"
+
+
 # --- attention shift ------------------------------------------------------------------------------------------
 
 
@@ -419,3 +472,75 @@ def group_rho(
     count = len(curves) // group
     means = curves[: count * group].reshape(count, group, -1).mean(1)
     return index_correlation(torch.from_numpy(means)).numpy()
+
+
+def twin_curves(
+    reader: Reader, tower: nn.Module, pictures: int, layer: int, size: int, seed: int
+) -> dict[str, Float[np.ndarray, "pictures layers patches"]]:
+    """Curves of the first pictures, each the mean of the picture's and of that of its upside-down twin.
+
+    A turn by 180 degrees makes patch j patch N - 1 - j, so that what follows content is as high at both ends.
+
+    Returns:
+        image, text, last and full of every layer of the language model; permuted: last, once the patches were
+        put in random order before it; cls: of the tower, with one layer.
+    """
+    scenes, device = reader.album.scenes, reader.pictures.device
+    words = reader.words[:pictures, 0]
+    order = torch.Generator().manual_seed(seed)
+    found: list[dict[str, np.ndarray]] = []
+    for pixels in (scenes.pixels[:pictures], scenes.pixels[:pictures].flip(2, 3)):
+        seen = view(tower, pixels, (layer,), layer, size)
+        with torch.no_grad():
+            projected = reader.model.project(seen.tokens)
+        curves = lm_curves(reader.model, projected, words, reader.batch)
+        mixed = torch.rand(projected.shape[:2], generator=order).argsort(dim=1).to(device)
+        shuffled = projected.gather(1, mixed[..., None].expand(projected.shape))
+        curves["permuted"] = lm_curves(reader.model, shuffled, words, reader.batch)["last"]
+        curves["cls"] = seen.scores[layer][:, None].cpu().numpy()
+        found.append(curves)
+    return {name: (found[0][name] + found[1][name]) / 2 for name in found[0]}
+
+
+# --- time ------------------------------------------------------------------------------------------------------
+
+
+def prefill_runs(
+    reader: Reader, select: Select, counts: Mapping[float, int]
+) -> dict[tuple[str, float], Callable[[], object]]:
+    """Prompts of one question each, read unpruned, with FasterVLM's and with FastV's pruning; choosing included.
+
+    The tower is left out: it reads every picture whole in all three.
+
+    Args:
+        counts: removed share -> tokens kept.
+    """
+    model, some = reader.model, slice(0, min(8, len(reader.album)))
+    words, pictures = reader.words[some, :1], reader.pictures[some]
+    read = torch.no_grad()(model.read)
+
+    def unpruned() -> object:
+        return read(model.prompt(IDS[BOS], pictures, words, IDS[PAD]))
+
+    def faster(kept: int) -> object:
+        reduction = select(some, kept)
+        short = reduction.keep(pictures)
+        return read(model.prompt(IDS[BOS], short, words, IDS[PAD], reduction.places))
+
+    def fastv(kept: int) -> object:
+        rows = Rows((reader.depth - 1,), last_asked)
+
+        def drop(number: int, now: Prompt, seen: Mapping[int, Tensor]) -> Prompt:
+            if number != reader.depth:
+                return now
+            scores = fastv_scores(seen[number - 1][:, :, 0], slice(1, 1 + pictures.shape[1]))
+            return now.keep_patches(top_tokens(scores, kept).places)
+
+        prompt = model.prompt(IDS[BOS], pictures, words, IDS[PAD])
+        return read(prompt, rows=rows, before_layer=drop)
+
+    runs: dict[tuple[str, float], Callable[[], object]] = {("none", 0.0): unpruned}
+    for share, kept in counts.items():
+        runs["FastV", share] = lambda kept=kept: fastv(kept)
+        runs["FasterVLM", share] = lambda kept=kept: faster(kept)
+    return runs

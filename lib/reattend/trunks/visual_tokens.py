@@ -56,6 +56,10 @@ class Reduction:
         filled = torch.cat([kept, torch.full_like(kept[:, :1], fill)], 1)
         return filled.gather(1, self._slots()[..., None].expand(-1, -1, kept.shape[2]))
 
+    def to(self, device: torch.device | str) -> "Reduction":
+        """The same on another device."""
+        return Reduction(self.places.to(device), self.groups.to(device))
+
     def _slots(self) -> Int[Tensor, "batch tokens"]:
         """Groups, with the dropped tokens in one more group at the end."""
         return self.groups.masked_fill(self.groups == DROPPED, self.places.shape[1])
