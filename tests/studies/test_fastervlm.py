@@ -149,6 +149,7 @@ def test_the_average_is_the_papers(album):
     assert values.shape == (7,)
     assert values.mean() == pytest.approx(100 * wanted)
     assert average_percent(right, right, album).mean() == pytest.approx(100)
+    assert np.isfinite(average_percent(right, 0 * right, album)).all()
 
 
 def test_draws_are_averaged_and_questions_too(album):

@@ -27,7 +27,7 @@ from reattend.data.vlm_questions import (
     Question,
     balanced,
     encode,
-    questions,
+    scene_questions,
 )
 from reattend.multimodal_llm.fastervlm import (
     attention_curves,
@@ -125,18 +125,10 @@ def make_album(scenes: Scenes, *, seed: int, most: int, types: Sequence[str]) ->
         ValueError: when there is a scene about which none of these can be asked.
     """
     random = np.random.default_rng([seed, 1])
-    size = float(scenes.pixels.shape[-1])
-    asked = []
-    for i in range(len(scenes)):
-        there = scenes.labels[i] >= 0
-        found = questions(
-            scenes.labels[i][there].tolist(),
-            scenes.colours[i][there].tolist(),
-            scenes.boxes[i][there].numpy(),
-            size,
-            random,
-        )
-        asked.append(balanced([q for q in found if q.type in types], most))
+    asked = [
+        balanced([q for q in scene_questions(scenes, i, random) if q.type in types], most)
+        for i in range(len(scenes))
+    ]
     if not all(asked):
         raise ValueError(
             "a scene without questions: ask for 'count' or 'exist', which every scene has"
@@ -365,14 +357,15 @@ def average_percent(
 ) -> Float[np.ndarray, " pictures"]:
     """One value a picture whose mean is the paper's Average: of each type's accuracy relative to dense, in per cent.
 
-    A picture without questions of a type adds nothing to that type; the dense accuracies are held fixed.
+    A picture without questions of a type adds nothing to that type; the dense accuracies are held fixed. Of a type
+    that the unpruned model never answers one right answer is taken as 100 %.
     """
     types, picture = np.array(album.types), album.picture.numpy()
     values = np.zeros(len(album))
     names = sorted(set(types))
     for name in names:
         at = types == name
-        share = right.numpy()[at] / dense.numpy()[at].mean() / at.sum() / len(names)
+        share = right.numpy()[at] / max(dense.numpy()[at].sum(), 1) / len(names)
         np.add.at(values, picture[at], 100 * len(album) * share)
     return values
 

@@ -138,7 +138,7 @@ def draw_tradeoff(
 
 def draw_shift(
     curves: Mapping[str, Float[np.ndarray, "pictures patches"]],
-    rho: Mapping[str, Float[np.ndarray, " layers"]],
+    rho: Mapping[str, Float[np.ndarray, "layers 1"]],
     permuted: Float[np.ndarray, "pictures patches"],
     layer: int,
 ) -> Figure:
@@ -163,8 +163,10 @@ def draw_shift(
     axes[3].legend(fontsize=7)
     for name in ("image", "text", "last"):
         place = list(PAYERS).index(name)
-        axes[4].plot(range(len(rho[name])), rho[name], "o-", ms=4, color=COLOURS[place], label=name)
-    axes[4].axhline(rho["cls"][0], color=COLOURS[0], ls="--", lw=1.2, label="[CLS]")
+        axes[4].plot(
+            range(len(rho[name])), rho[name][:, 0], "o-", ms=4, color=COLOURS[place], label=name
+        )
+    axes[4].axhline(rho["cls"][0, 0], color=COLOURS[0], ls="--", lw=1.2, label="[CLS]")
     axes[4].axhline(0, color=BASELINE, lw=0.8)
     axes[4].axvline(layer, color=BASELINE, lw=0.8, ls=":")
     axes[4].set(title="rho of index and attention", xlabel="LM layer", ylim=(-1.05, 1.05))
