@@ -169,15 +169,22 @@ def last_asked(prompt: Prompt) -> Int[Tensor, "batch 1"]:
     return prompt.length - 1 - prompt.asked.flip(1).to(torch.uint8).argmax(1, keepdim=True)
 
 
+def turns(
+    positions: Int[Tensor, "batch length"], dim: int, base: float, dtype: torch.dtype
+) -> tuple[Float[Tensor, "batch 1 length half"], Float[Tensor, "batch 1 length half"]]:
+    """Cosines and sines of the rotary angles position * base ^ (-2 i / dim), i < dim / 2 (arXiv 2104.09864)."""
+    rates = base ** (-torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim)
+    angles = positions[:, None, :, None] * rates
+    return angles.cos(), angles.sin()
+
+
 def rotate(
-    x: Float[Tensor, "batch heads length dim"], positions: Int[Tensor, "batch length"], base: float
+    x: Float[Tensor, "batch heads length dim"],
+    turn: tuple[Float[Tensor, "batch 1 length half"], Float[Tensor, "batch 1 length half"]],
 ) -> Float[Tensor, "batch heads length dim"]:
-    """Rotary positions (arXiv 2104.09864): pairs (i, i + dim / 2) turned by position * base ^ (-2 i / dim)."""
-    half = x.shape[-1] // 2
-    rates = base ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
-    angles = positions[:, None, :, None].to(x.dtype) * rates
-    a, b = x[..., :half], x[..., half:]
-    cos, sin = angles.cos(), angles.sin()
+    """Pairs (i, i + dim / 2) turned by the angles whose cosines and sines are given."""
+    cos, sin = (part.to(x.dtype) for part in turn)
+    a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
@@ -203,17 +210,18 @@ class LanguageLayer(nn.Module):
 
     def __init__(self, shape: VLMShape):
         super().__init__()
-        self.heads, self.base = shape.heads, shape.base
-        self.attention_norm = nn.RMSNorm(shape.width, eps=1e-6)
+        self.heads = shape.heads
+        self.attention_norm = nn.LayerNorm(shape.width)
         self.q, self.k, self.v, self.o = (
             nn.Linear(shape.width, shape.width, bias=False) for _ in range(4)
         )
-        self.feed_forward_norm = nn.RMSNorm(shape.width, eps=1e-6)
+        self.feed_forward_norm = nn.LayerNorm(shape.width)
         self.feed_forward = GatedFeedForward(shape.width, shape.hidden)
 
     def forward(
         self,
         prompt: Prompt,
+        turn: tuple[Tensor, Tensor],
         visible: Bool[Tensor, "batch length keys"],
         cache: LayerCache | None = None,
         queries: Int[Tensor, "batch queries"] | None = None,
@@ -221,7 +229,7 @@ class LanguageLayer(nn.Module):
         """New states, what the layer has read so far, and the attention rows of `queries` if there are any."""
         x = self.attention_norm(prompt.states)
         q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        q, k = (rotate(y, prompt.positions, self.base) for y in (q, k))
+        q, k = rotate(q, turn), rotate(k, turn)
         read = LayerCache(k, v, prompt.segments)
         if cache is not None:
             read = cache.extended(k, v, prompt.segments)
@@ -269,7 +277,7 @@ class VisionLanguageModel(nn.Module):
         self.rows = nn.Embedding(shape.grid[0], shape.width)
         self.columns = nn.Embedding(shape.grid[1], shape.width)
         self.layers = nn.ModuleList(LanguageLayer(shape) for _ in range(shape.layers))
-        self.norm = nn.RMSNorm(shape.width, eps=1e-6)
+        self.norm = nn.LayerNorm(shape.width)
         for table in (self.words, self.rows, self.columns):
             nn.init.normal_(table.weight, std=shape.width**-0.5)
 
@@ -326,6 +334,11 @@ class VisionLanguageModel(nn.Module):
             torch.cat([torch.zeros(batch, common, dtype=torch.bool, device=device), end & real], 1),
         )
 
+    def turn(self, positions: Int[Tensor, "batch length"]) -> tuple[Tensor, Tensor]:
+        """Rotary cosines and sines of position ids."""
+        dim = self.shape.width // self.shape.heads
+        return turns(positions, dim, self.shape.base, self.words.weight.dtype)
+
     def read(
         self,
         prompt: Prompt,
@@ -342,15 +355,16 @@ class VisionLanguageModel(nn.Module):
             rows: attention weights to record.
             before_layer: may drop or put back tokens.
         """
-        visible, of = None, None  # one mask serves all layers that read the same tokens
+        visible = turn = of = None  # the same for all layers that read the same tokens
         for number in range(first, len(self.layers)):
             if before_layer is not None:
                 prompt = before_layer(number, prompt, {} if rows is None else rows.found)
             past = None if cache is None else cache.get(number)
             if past is not None or of is not prompt.segments:
                 visible, of = _visible(prompt, past), prompt.segments
+                turn = self.turn(prompt.positions)
             wanted = rows.queries(prompt) if rows is not None and number in rows.layers else None
-            states, read, found = self.layers[number](prompt, visible, past, wanted)
+            states, read, found = self.layers[number](prompt, turn, visible, past, wanted)
             prompt = replace(prompt, states=states)
             if cache is not None:
                 cache[number] = read
