@@ -22,7 +22,7 @@ METHOD_COLOURS = {
     "mean [CLS] map": COLOURS[2],
     "uniform grid": COLOURS[5],
     "pooling": COLOURS[6],
-    "merging": COLOURS[7],
+    "merging": COLOURS[9],
     "objects": "black",
 }
 PAYERS = {
@@ -113,7 +113,7 @@ def draw_tradeoff(
     Args:
         values: method -> removed share -> one value a picture whose mean is the Average, in per cent of dense.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.3), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.3), sharey=True)
     for number, (name, by_share) in enumerate(values.items()):
         places = 100 * np.array(list(by_share)) + 0.35 * (number - len(values) / 2)
         found = [mean(v) for v in by_share.values()]
@@ -131,8 +131,9 @@ def draw_tradeoff(
         axis.annotate("no picture", (0.02, floor), xycoords=("axes fraction", "data"),
                       xytext=(0, 3), textcoords="offset points", fontsize=8)  # fmt: skip
         axis.set(xlabel="visual tokens removed, %", title=title)
-        axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.1))
     axes[0].set_ylabel("Average, % of the unpruned model")
+    axes[1].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.1))
+    axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(2.1, 0.5))
     return figure
 
 
