@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 from reattend.data.scenes import SceneSettings, make_scenes
 from reattend.data.vlm_questions import BOS, IDS, PAD, TYPES
 from reattend.multimodal_llm.fastervlm import attention_curves, fastv_scores
+from reattend.studies import fastervlm as study
 from reattend.studies.fastervlm import (
     Album,
     Reader,
@@ -125,6 +126,15 @@ def test_pruning_before_the_model_counts_positions_anew(reader, album):
     torch.testing.assert_close(kept.nll, judged(torch.cat(logits), album).nll)
 
 
+def test_choosing_by_question_is_choosing_by_picture_where_all_agree(reader, album):
+    scores = torch.rand(7, N, generator=torch.Generator().manual_seed(4))
+    wanted = reader.pruned(by_score(scores), 6)
+    found = reader.pruned_by_question(scores[album.picture], 6, batch=11)
+    torch.testing.assert_close(found.nll, wanted.nll)
+    other = reader.pruned_by_question(torch.rand(len(album.answer), N), 6)
+    assert (other.nll - wanted.nll).abs().max() > 1e-4
+
+
 def test_answers_are_judged_among_those_of_their_type(album):
     logits = torch.zeros(len(album.answer), len(IDS))
     right = judged(logits, album)
@@ -190,3 +200,44 @@ def test_shares_inside_objects(album):
     inside = inside_objects(album.scenes, 4)
     area = album.scenes.masks.any(1).float().mean((1, 2))
     torch.testing.assert_close(inside.mean(1), area)
+
+
+def test_twins_cancel_what_follows_content(reader, album, monkeypatch):
+    """A tower whose scores are the brightness of its patches: the mean of a picture and its twin is symmetric."""
+
+    def bright(tower, pixels, layers, features, size):
+        score = inside_objects_of(pixels)
+        return Views(score[..., None].expand(-1, -1, 6).double(), {layers[0]: score.double()})
+
+    def inside_objects_of(pixels):
+        shown = torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(1), 4)
+        return shown.flatten(1) / 255
+
+    monkeypatch.setattr(study, "view", bright)
+    curves = study.twin_curves(reader, torch.nn.Identity(), 5, 2, 40, seed=0)
+    np.testing.assert_allclose(curves["cls"], curves["cls"][..., ::-1], atol=1e-6)
+    assert (
+        abs(
+            curves["cls"]
+            - bright(None, album.scenes.pixels[:5], (2,), 2, 40).scores[2][:, None].numpy()
+        ).max()
+        > 0.01
+    )
+    assert curves["last"].shape == curves["permuted"].shape == (5, 3, N)
+    assert abs(curves["last"] - curves["permuted"]).max() > 1e-4
+    assert not np.allclose(curves["last"], curves["last"][..., ::-1], atol=1e-4)
+
+
+def test_timed_prompts_read_what_they_should(reader):
+    scores = torch.rand(7, N, generator=torch.Generator().manual_seed(2))
+    runs = study.prefill_runs(reader, by_score(scores), {0.5: 8, 0.75: 4})
+    words = 1 + reader.words.shape[2]
+    found = {key: run() for key, run in runs.items()}
+    assert found["none", 0.0].length == N + words
+    for name in ("FastV", "FasterVLM"):
+        assert [found[name, share].length for share in (0.5, 0.75)] == [8 + words, 4 + words]
+    assert found["FastV", 0.5].positions.max() == N + words - 1
+    assert found["FasterVLM", 0.5].positions.max() == 8 + words - 1
+    wanted = scores[:, :].topk(4).indices.sort(1).values
+    kept = found["FasterVLM", 0.75].patches
+    assert torch.equal(kept[kept != NO_PATCH].view(7, 4), wanted)

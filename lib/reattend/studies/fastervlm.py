@@ -200,8 +200,9 @@ def by_score(scores: Float[Tensor, "pictures patches"]) -> Select:
 METHODS = (
     "FasterVLM",
     "FastV",
-    "FastV minus mean map",
     "FastV, random ranking",
+    "FastV's ranking",
+    "FastV's ranking minus mean map",
     "mean [CLS] map",
     "random",
     "uniform grid",
@@ -209,7 +210,8 @@ METHODS = (
     "merging",
     "objects",
 )
-"""All that prune. "objects" keeps the patches that objects cover most: what knowing where they are would give."""
+"""All that prune. "FastV's ranking" keeps what FastV's scores choose, but before the model as FasterVLM does;
+"objects" keeps the patches that objects cover most: what knowing where they are would give."""
 
 
 def selections(
@@ -309,6 +311,22 @@ class Reader:
                     pruned[name, kept].append(self.model.answers(read))
         replies = {k: judged(torch.cat(v).cpu(), self.album) for k, v in pruned.items()}
         return judged(torch.cat(dense).cpu(), self.album), torch.cat(scores), replies
+
+    @torch.no_grad()
+    def pruned_by_question(
+        self, scores: Float[Tensor, "questions patches"], kept: int, batch: int = 128
+    ) -> Replies:
+        """Pruned before the model for each question by scores of its own; positions are counted anew."""
+        album, parts = self.album, []
+        number = torch.cat([torch.arange(len(some)) for some in album.asked])
+        for at in torch.arange(len(album.answer)).split(batch):
+            picture = album.picture[at]
+            reduction = top_tokens(scores[at], kept)
+            short = reduction.keep(self.pictures[picture])
+            words = self.words[picture, number[at]][:, None]
+            prompt = self.model.prompt(IDS[BOS], short, words, IDS[PAD], reduction.places)
+            parts.append(self.model.answers(self.model.read(prompt)))
+        return judged(torch.cat(parts).cpu(), album)
 
     def _slices(self) -> Iterator[slice]:
         for start in range(0, len(self.album), self.batch):

@@ -16,8 +16,9 @@ from reattend.plots import BASELINE, COLOURS, REPORTED
 METHOD_COLOURS = {
     "FasterVLM": COLOURS[0],
     "FastV": COLOURS[1],
-    "FastV minus mean map": COLOURS[4],
     "FastV, random ranking": COLOURS[3],
+    "FastV's ranking": COLOURS[4],
+    "FastV's ranking minus mean map": COLOURS[8],
     "random": "#949494",
     "mean [CLS] map": COLOURS[2],
     "uniform grid": COLOURS[5],
@@ -215,28 +216,34 @@ def draw_dispersion(
 def draw_layers(
     average: Mapping[int, Float[np.ndarray, " pictures"]],
     mass: Mapping[int, Float[np.ndarray, " pictures"]],
+    ranked: Mapping[int, Float[np.ndarray, " pictures"]],
     area: float,
     floor: float,
     chosen: int,
 ) -> Figure:
-    """[CLS] of several layers of the tower: Average % with its choice of tokens, and its mass on objects.
+    """Average % by the layer that is asked: [CLS] of the tower, the last prompt token of the language model.
 
     Args:
+        average: layer of the tower -> Average of each picture; `mass`: -> share of [CLS] attention on objects.
+        ranked: layer of the language model -> Average with its ranking, pruned before the model.
         area: share of the pictures that objects cover; `floor`: Average of random tokens.
+        chosen: layer of the tower that supplies the features.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4))
-    pairs = (
-        (average, floor, "Average, % of dense", "random tokens"),
-        (mass, area, "mass on objects", "area"),
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+    panels = (
+        (average, floor, "Average, % of unpruned", "random tokens", "[CLS] of the tower"),
+        (mass, area, "attention on objects", "their area", "[CLS] of the tower"),
+        (ranked, floor, "Average, % of unpruned", "random tokens", "last token of the LM"),
     )
-    for axis, (values, line, label, name) in zip(axes, pairs, strict=True):
+    for axis, (values, line, label, name, title) in zip(axes, panels, strict=True):
         for layer, points in values.items():
             found = mean(points)
             colour = COLOURS[0] if layer == chosen else "#6b6b6b"
-            axis.errorbar(layer, found.effect, [[found.effect - found.low], [found.high - found.effect]],
-                          fmt="D", color=colour, ms=5)  # fmt: skip
+            error = [[found.effect - found.low], [found.high - found.effect]]
+            axis.errorbar(layer, found.effect, error, fmt="D", color=colour, ms=5)
         axis.axhline(line, color=COLOURS[3], lw=1, ls="--", label=name)
-        axis.set(xlabel="layer of the tower whose [CLS] is asked", ylabel=label)
+        axis.set(xlabel="layer", ylabel=label, title=title)
         axis.set_xticks(list(values))
         axis.legend(fontsize=8)
+    axes[2].set_ylim(axes[0].get_ylim())
     return figure
