@@ -37,7 +37,7 @@ PAYERS = {
 def _patches_shown(
     axis: Axes, pixels: UInt8[np.ndarray, "3 size size"], kept: Sequence[int] | None, side: int
 ) -> None:
-    """The picture; where some patches are kept, the others pale and grey."""
+    """The picture; where some patches are kept, the mean brightness of the others, pale."""
     shown = pixels.transpose(1, 2, 0).astype(float)
     if kept is not None:
         mask = np.zeros(side * side)
@@ -45,7 +45,10 @@ def _patches_shown(
         size = shown.shape[0]
         rows = np.arange(size) * side // size
         mask = mask.reshape(side, side)[rows][:, rows][..., None]
-        pale = 0.75 * 255 + 0.25 * shown.mean(-1, keepdims=True)
+        patch = size // side
+        grey = shown.mean(-1)[: patch * side, : patch * side]
+        grey = grey.reshape(side, patch, side, patch).mean((1, 3))[rows][:, rows][..., None]
+        pale = 0.75 * 255 + 0.25 * grey
         shown = mask * shown + (1 - mask) * pale
     axis.imshow(shown.round().astype(np.uint8), interpolation="nearest")
     axis.set_xticks([])
@@ -88,18 +91,18 @@ def draw_kept(
         answers: method -> answer of each picture, and whether it is right.
     """
     figure, axes = plt.subplots(
-        1 + len(kept), len(pictures), figsize=(1.75 * len(pictures), 1.98 * (1 + len(kept)))
+        1 + len(kept), len(pictures), figsize=(1.4 * len(pictures), 1.6 * (1 + len(kept)))
     )
     for column, pixels in enumerate(pictures):
         _patches_shown(axes[0, column], pixels, None, side)
-        axes[0, column].set_title(titles[column], fontsize=7)
+        axes[0, column].set_title(titles[column], fontsize=6)
         for row, name in enumerate(kept, start=1):
             axis = axes[row, column]
             _patches_shown(axis, pixels, kept[name][column], side)
             said, right = answers[name][column]
-            axis.set_title(said, fontsize=8, color="#1a7f37" if right else "#c0262d", pad=2)
+            axis.set_title(said, fontsize=7, color="#1a7f37" if right else "#c0262d", pad=2)
             if column == 0:
-                axis.set_ylabel(name, fontsize=8)
+                axis.set_ylabel(name, fontsize=7)
     return figure
 
 
