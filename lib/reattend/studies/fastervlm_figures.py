@@ -136,8 +136,7 @@ def draw_tradeoff(
                       xytext=(0, 3), textcoords="offset points", fontsize=8)  # fmt: skip
         axis.set(xlabel="visual tokens removed, %", title=title)
     axes[0].set_ylabel("Average, % of the unpruned model")
-    axes[1].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.1))
-    axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(2.1, 0.5))
+    figure.legend(fontsize=8, loc="outside right center")
     return figure
 
 
@@ -248,5 +247,7 @@ def draw_layers(
         axis.set(xlabel="layer", ylabel=label, title=title)
         axis.set_xticks(list(values))
         axis.legend(fontsize=8)
-    axes[2].set_ylim(axes[0].get_ylim())
+    ends = np.array([axes[0].get_ylim(), axes[2].get_ylim()])
+    for axis in (axes[0], axes[2]):
+        axis.set_ylim(ends[:, 0].min(), ends[:, 1].max())
     return figure
