@@ -11,6 +11,7 @@ from reattend.backbones.reports.vlm import (
     accuracy_table,
     by_picture,
     commonest,
+    depth_table,
     draw_looks,
     looked_at,
     loss_table,
@@ -93,9 +94,9 @@ def test_keys_start_as_queries_from_the_third_layer_on():
 
 
 def test_pictures_of_words_show_each_object_where_it_lies(scenes, material):
-    setting = replace(SMOKE, words=replace(SMOKE.words, batch=300))
+    setting = replace(SMOKE, words=replace(SMOKE.words, batch=120))
     drawn = draw_word_pictures(setting, scenes, material.contents, np.random.default_rng(1))
-    assert drawn.patches.shape == (300, SMOKE.read)
+    assert drawn.patches.shape == (120, SMOKE.read)
     assert (drawn.patches.diff(dim=1) > 0).all()
     background = (drawn.shown == IDS[NOTHING]).all(2)
     assert torch.equal(background, (drawn.shown == IDS[NOTHING]).any(2))
@@ -119,7 +120,7 @@ def test_a_twentieth_of_the_patches_is_mistaken(scenes, material):
     alone = [i for i in range(12) if (scenes.labels[i] >= 0).sum() == 1]
     assert alone
     setting, random = (
-        replace(SMOKE, words=replace(SMOKE.words, batch=800)),
+        replace(SMOKE, words=replace(SMOKE.words, batch=200)),
         np.random.default_rng(2),
     )
     part = replace_scenes(scenes, alone)
@@ -221,6 +222,17 @@ def test_accuracy_by_type_counts_right_answers_of_each_picture(given):
     assert np.array_equal(found["a"], found["b"])
     constant = by_picture(given, commonest(given), "exist")
     assert constant["a"].sum() / constant["b"].sum() == 0.5
+
+
+def test_depth_keeps_all_patches_up_to_the_layer_at_which_they_go(given):
+    model = untrained(SMOKE.shape)
+    table = depth_table(model, given, 2)
+    assert list(table["patches"]) == [f"2 from layer {layer}" for layer in range(3)] + ["all"]
+    whole = right_answers(given, answer(model, given))
+    for kind in TYPES:
+        counts = by_picture(given, whole, kind)
+        assert table[kind].iloc[-1] == pytest.approx(100 * counts["a"].sum() / counts["b"].sum())
+    assert (table[list(TYPES)].iloc[0] != table[list(TYPES)].iloc[-1]).any()
 
 
 def test_the_report_says_what_was_asked_answered_and_looked_at(given):

@@ -268,7 +268,8 @@ def _rows(
 
 BeforeLayer = Callable[[int, Prompt, Mapping[int, Tensor]], Prompt]
 """Called before each layer with its number, what it would read, and the rows recorded so far; returns what it
-shall read (`Prompt.keep_patches`, `Prompt.recover`)."""
+shall read (`Prompt.keep_patches`, `Prompt.recover`). Position ids are read anew where tokens go or come back:
+whoever compacts them does so in the same step."""
 
 
 class VisionLanguageModel(nn.Module):

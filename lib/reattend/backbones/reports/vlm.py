@@ -28,11 +28,13 @@ from reattend.evidence.intervals import Estimate, resampled
 from reattend.evidence.statistics import difference_of_ratios, ratio_of_sums
 from reattend.plots import COLOURS
 from reattend.presentation import interval_text
-from reattend.trunks.vlm import Rows, VisionLanguageModel, last_asked
+from reattend.trunks.vlm import Prompt, Rows, VisionLanguageModel, last_asked
 
 SEED = 800
 """Of the scenes on which the model is measured; no study may use it."""
 PICTURES = {"smoke": 8, "cpu": 300, "gpu": 600}
+DEPTH = 100
+"""Pictures on which it is measured how deep the model reads."""
 SIDES = {"train": "new scenes of known cut-outs", "test": "unknown cut-outs and photographs"}
 
 
@@ -96,6 +98,29 @@ def accuracy_table(sides: Mapping[str, Exam], model: VisionLanguageModel) -> pd.
 
 def _text(found: Estimate) -> str:
     return interval_text(100 * found.effect, 100 * found.low, 100 * found.high)
+
+
+@torch.no_grad()
+def depth_table(model: VisionLanguageModel, given: Exam, kept: int) -> pd.DataFrame:
+    """Accuracy in per cent by type when only `kept` random patches are left from a layer on (counted from 0)."""
+    patches, generator = model.shape.patches, torch.Generator().manual_seed(SEED)
+    chosen = torch.rand(len(given.asked), patches, generator=generator).topk(kept, 1).indices
+    projected = model.project(given.tokens)
+    words = encode(given.asked)[0]
+    questions, rows = [q for asked in given.asked for q in asked], []
+    for layer in range(model.shape.layers + 1):
+
+        def drop(number: int, prompt: Prompt, _: Mapping, layer: int = layer) -> Prompt:
+            return prompt.keep_patches(chosen) if number == layer else prompt
+
+        prompt = model.prompt(IDS[BOS], projected, words, IDS[PAD])
+        found = choices(model.answers(model.read(prompt, before_layer=drop)), questions)
+        right = right_answers(given, found)
+        name = "all" if layer == model.shape.layers else f"{kept} from layer {layer}"
+        sums = {kind: by_picture(given, right, kind) for kind in TYPES}
+        shares = {k: 100 * of["a"].sum() / of["b"].sum() for k, of in sums.items() if len(of["b"])}
+        rows.append({"patches": name} | shares)
+    return pd.DataFrame(rows)
 
 
 def loss_table(logged: Mapping[str, Float[Tensor, " steps"]]) -> pd.DataFrame:
@@ -168,12 +193,12 @@ def draw_looks(
         row, column = divmod(number, columns)
         above, below = axes[2 * row : 2 * row + 2, column]
         picture = pixels[number].movedim(0, -1).float() / 255
-        above.imshow(picture)
+        above.imshow(picture.numpy())
         above.set_title(question.text, fontsize=8)
         light = torch.nn.functional.interpolate(
             seen[number].view(1, 1, side, side), scale_factor=pixels.shape[2] / side
         )
-        below.imshow(picture * (0.15 + 0.85 * light[0, 0, :, :, None]))
+        below.imshow((picture * (0.15 + 0.85 * light[0, 0, :, :, None])).numpy())
         right = said[number] == question.answer
         text = said[number] if right else f"{said[number]} (right: {question.answer})"
         below.set_title(
@@ -196,12 +221,19 @@ def report(page: Page, profile: str) -> None:
         "without: the same weights with the picture's tokens left out, as in part of their training; commonest: "
         "always the answer that is right most often; lead: with the picture minus without, paired by picture",
     )
+    given, patches = sides["train"], SETTINGS[profile].shape.patches
+    first = Exam(given.scenes, given.tokens[:DEPTH], given.asked[:DEPTH])
+    page.table(
+        "depth",
+        depth_table(model, first, max(1, round(0.05 * patches))),
+        f"Accuracy in per cent on {len(first.asked)} {SIDES['train']} when a twentieth of the {patches} patches, drawn "
+        "at random, is left from a layer on: how deep the model still reads the picture",
+    )
     page.table(
         "losses",
         loss_table(losses(profile)),
         "Loss over the last two tenths of each stage of training",
     )
-    given = sides["train"]
     chosen = one_of_each(given, [*TYPES, *TYPES])
     places, asked = [place for place, _ in chosen], [question for _, question in chosen]
     seen, said = looked_at(model, given.tokens[places], asked)
