@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from reattend.trunks.vlm import (
     COMMON,
     NO_PATCH,
@@ -35,7 +36,12 @@ def tokens_of(batch=2, seed=0):
     return torch.randn(batch, 15, 7, generator=generator, dtype=torch.float64)
 
 
-QUESTIONS = torch.tensor([[[5, 6, 7, 8], [9, 8, PAD, PAD], [5, 9, 8, PAD]], [[4, 8, PAD, PAD], [3, 3, 7, 8], [7, 8, PAD, PAD]]])
+QUESTIONS = torch.tensor(
+    [
+        [[5, 6, 7, 8], [9, 8, PAD, PAD], [5, 9, 8, PAD]],
+        [[4, 8, PAD, PAD], [3, 3, 7, 8], [7, 8, PAD, PAD]],
+    ]
+)
 
 
 def prompt_of(model, questions=QUESTIONS, tokens=None, **changes):
@@ -83,7 +89,20 @@ def test_the_sequence_is_bos_then_patches_then_questions_that_all_start_behind_t
     prompt = prompt_of(model_of())
     assert prompt.patches[0].tolist() == [NO_PATCH, *range(15), *[NO_PATCH] * 12]
     assert prompt.positions[0].tolist() == [*range(16), *list(range(16, 20)) * 3]
-    assert prompt.segments[1].tolist() == [COMMON] * 16 + [1, 1, PADDING, PADDING, 2, 2, 2, 2, 3, 3, PADDING, PADDING]
+    assert prompt.segments[1].tolist() == [COMMON] * 16 + [
+        1,
+        1,
+        PADDING,
+        PADDING,
+        2,
+        2,
+        2,
+        2,
+        3,
+        3,
+        PADDING,
+        PADDING,
+    ]
     assert prompt.asked[0].nonzero()[:, 0].tolist() == [19, 21, 26]
     assert last_asked(prompt).tolist() == [[26], [25]]
 
@@ -129,7 +148,12 @@ def test_generation_continues_a_prompt_whose_tokens_were_dropped_inside():
     longer = [torch.cat([q[0][q[0] != PAD], s[:2]]) for q, s in zip(questions, said, strict=True)]
     for picture, words in enumerate(longer):
         prompt = prompt_of(model, words[None, None], tokens_of()[picture : picture + 1])
-        read = model.read(prompt, before_layer=lambda n, p, _, k=picture: p.keep_patches(kept[k : k + 1]) if n == 1 else p)
+        read = model.read(
+            prompt,
+            before_layer=lambda n, p, _, k=picture: (
+                p.keep_patches(kept[k : k + 1]) if n == 1 else p
+            ),
+        )
         assert model.answers(read).argmax() == said[picture, 2]
     with pytest.raises(ValueError, match="one question each"):
         model.generate(prompt_of(model), 1)
@@ -160,7 +184,11 @@ def test_patches_dropped_before_a_layer_are_patches_hidden_from_it():
 
     def hide(number, prompt, _):
         gone = (prompt.patches[..., None] != kept[:, None]).all(2) & (prompt.patches != NO_PATCH)
-        return replace(prompt, segments=prompt.segments.masked_fill(gone, PADDING)) if number == 1 else prompt
+        return (
+            replace(prompt, segments=prompt.segments.masked_fill(gone, PADDING))
+            if number == 1
+            else prompt
+        )
 
     dropped = model.answers(model.read(prompt_of(model), before_layer=drop))
     hidden = model.answers(model.read(prompt_of(model), before_layer=hide))
@@ -242,7 +270,8 @@ def test_a_second_picture_counts_on_behind_the_first():
 def test_without_a_picture_nothing_of_it_is_read():
     model = model_of()
     blind = model.prompt(BOS, None, QUESTIONS, PAD)
-    assert blind.length == 13 and (blind.patches == NO_PATCH).all()
+    assert blind.length == 13
+    assert (blind.patches == NO_PATCH).all()
     seen = prompt_of(model)
     none = torch.zeros(2, 0, dtype=torch.long)
     emptied, real = seen.keep_patches(none).compacted(), blind.segments != PADDING
@@ -262,7 +291,9 @@ def test_rotation_depends_on_the_distance_alone_and_keeps_lengths():
     assert (product(9, 4) - product(4, 9)).abs() > 1e-3
     turned = rotate(q, turns(torch.tensor([[3]]), 8, 10_000.0, torch.float64))
     torch.testing.assert_close(turned.norm(), q.norm(), atol=1e-12, rtol=0)
-    expected = q[..., 0] * torch.tensor(3.0).double().cos() - q[..., 4] * torch.tensor(3.0).double().sin()
+    expected = (
+        q[..., 0] * torch.tensor(3.0).double().cos() - q[..., 4] * torch.tensor(3.0).double().sin()
+    )
     torch.testing.assert_close(turned[..., 0], expected, atol=1e-12, rtol=0)
 
 
@@ -279,7 +310,9 @@ def test_lora_starts_as_the_identity_and_then_adds_a_product_of_low_rank():
     x = torch.randn(5, 24).double()
     change = adapted.up.weight @ adapted.down.weight
     assert torch.linalg.matrix_rank(change) == 2
-    torch.testing.assert_close(adapted(x), x @ (adapted.linear.weight + 3 * change).T, atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        adapted(x), x @ (adapted.linear.weight + 3 * change).T, atol=1e-12, rtol=0
+    )
     model.answers(model.read(prompt_of(model))).sum().backward()
     assert all(p.grad is not None for p in added)
     with pytest.raises(ValueError, match="no linear layers named nothing"):

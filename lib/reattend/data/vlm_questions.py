@@ -107,7 +107,12 @@ def _exist_questions(kinds: Sequence[int], random: np.random.Generator) -> list[
     pairs = min(2, len(there))
     drawn = {a: random.permutation(k)[:pairs] for a, k in (("yes", there), ("no", absent))}
     return [
-        Question("exist", f"is there {CLASSES[k]} ?", answer, list(kinds).index(k) if answer == "yes" else -1)
+        Question(
+            "exist",
+            f"is there {CLASSES[k]} ?",
+            answer,
+            list(kinds).index(k) if answer == "yes" else -1,
+        )
         for answer, of in drawn.items()
         for k in of
     ]

@@ -89,7 +89,9 @@ class Prompt:
 
     def take(self, index: Int[Tensor, "batch kept"]) -> Prompt:
         """The tokens that stand at `index`, in that order, with their position ids as they are."""
-        taken = {"states": self.states.gather(1, index[..., None].expand(-1, -1, self.states.shape[2]))}
+        taken = {
+            "states": self.states.gather(1, index[..., None].expand(-1, -1, self.states.shape[2]))
+        }
         taken |= {f.name: getattr(self, f.name).gather(1, index) for f in fields(self)[1:]}
         return Prompt(**taken)
 
@@ -122,7 +124,10 @@ class Prompt:
         position, so position ids must not have been compacted in between.
         """
         same = torch.stack(
-            [getattr(full, n)[:, :, None] == getattr(self, n)[:, None] for n in ("segments", "patches", "positions")]
+            [
+                getattr(full, n)[:, :, None] == getattr(self, n)[:, None]
+                for n in ("segments", "patches", "positions")
+            ]
         ).all(0)
         found, place = same.any(2, keepdim=True), same.to(torch.uint8).argmax(2)
         now = self.states.gather(1, place[..., None].expand(-1, -1, self.states.shape[2]))
@@ -133,7 +138,9 @@ def _sees(
     queries: Int[Tensor, "batch queries"], keys: Int[Tensor, "batch keys"]
 ) -> Bool[Tensor, "batch queries keys"]:
     """By segments alone."""
-    return (keys == COMMON)[:, None] | (keys[:, None] == queries[:, :, None]) & (keys != PADDING)[:, None]
+    return (keys == COMMON)[:, None] | (keys[:, None] == queries[:, :, None]) & (keys != PADDING)[
+        :, None
+    ]
 
 
 def _visible(prompt: Prompt, past: LayerCache | None) -> Bool[Tensor, "batch length keys"]:
@@ -141,7 +148,9 @@ def _visible(prompt: Prompt, past: LayerCache | None) -> Bool[Tensor, "batch len
 
     Each sees itself, so that no row is empty; all that a layer has read before (`past`) lies ahead.
     """
-    square = torch.ones(prompt.length, prompt.length, dtype=torch.bool, device=prompt.segments.device)
+    square = torch.ones(
+        prompt.length, prompt.length, dtype=torch.bool, device=prompt.segments.device
+    )
     itself = square.tril() & square.triu()
     visible = _sees(prompt.segments, prompt.segments) & square.tril() | itself
     if past is None:
@@ -228,7 +237,9 @@ class LanguageLayer(nn.Module):
     ) -> tuple[Float[Tensor, "batch length width"], LayerCache, Tensor | None]:
         """New states, what the layer has read so far, and the attention rows of `queries` if there are any."""
         x = self.attention_norm(prompt.states)
-        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
         q, k = rotate(q, turn), rotate(k, turn)
         read = LayerCache(k, v, prompt.segments)
         if cache is not None:
@@ -250,12 +261,15 @@ def _rows(
     q = q.gather(2, queries[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
     seen = visible.gather(1, queries[..., None].expand(-1, -1, visible.shape[2]))
     scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
-    return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1, torch.promote_types(q.dtype, torch.float32))
+    return scores.masked_fill(~seen[:, None], -torch.inf).softmax(
+        -1, torch.promote_types(q.dtype, torch.float32)
+    )
 
 
 BeforeLayer = Callable[[int, Prompt, Mapping[int, Tensor]], Prompt]
 """Called before each layer with its number, what it would read, and the rows recorded so far; returns what it
-shall read (`Prompt.keep_patches`, `Prompt.recover`)."""
+shall read (`Prompt.keep_patches`, `Prompt.recover`). Position ids are read anew where tokens go or come back:
+whoever compacts them does so in the same step."""
 
 
 class VisionLanguageModel(nn.Module):
@@ -288,7 +302,9 @@ class VisionLanguageModel(nn.Module):
         return self.rows(patches // columns) + self.columns(patches % columns)
 
     def project(
-        self, tokens: Float[Tensor, "batch patches tower"], patches: Int[Tensor, "batch patches"] | None = None
+        self,
+        tokens: Float[Tensor, "batch patches tower"],
+        patches: Int[Tensor, "batch patches"] | None = None,
     ) -> Float[Tensor, "batch patches width"]:
         """What the LM sees of a picture's tokens; `patches` are their raster places (default: all, in order)."""
         if patches is None:
@@ -321,7 +337,9 @@ class VisionLanguageModel(nn.Module):
         flat = questions.flatten(1)
         states = torch.cat([*parts, self.words(flat)], 1)
         within = torch.arange(words, device=device).repeat(count)
-        positions = torch.cat([torch.arange(common, device=device), common + within]).expand(batch, -1)
+        positions = torch.cat([torch.arange(common, device=device), common + within]).expand(
+            batch, -1
+        )
         number = torch.arange(1, count + 1, device=device).repeat_interleave(words)
         real = flat != pad
         end = within == (questions != pad).sum(2).repeat_interleave(words, 1) - 1
@@ -329,7 +347,9 @@ class VisionLanguageModel(nn.Module):
         return Prompt(
             states,
             positions,
-            torch.cat([torch.full((batch, common), COMMON, device=device), number.where(real, PADDING)], 1),
+            torch.cat(
+                [torch.full((batch, common), COMMON, device=device), number.where(real, PADDING)], 1
+            ),
             torch.cat([none, patches, none.expand(-1, flat.shape[1])], 1),
             torch.cat([torch.zeros(batch, common, dtype=torch.bool, device=device), end & real], 1),
         )
@@ -377,7 +397,9 @@ class VisionLanguageModel(nn.Module):
         return prompt.states[prompt.asked] @ self.words.weight.T
 
     @torch.no_grad()
-    def generate(self, prompt: Prompt, steps: int, before_layer: BeforeLayer | None = None) -> Int[Tensor, "batch steps"]:
+    def generate(
+        self, prompt: Prompt, steps: int, before_layer: BeforeLayer | None = None
+    ) -> Int[Tensor, "batch steps"]:
         """Words that follow each prompt (of one question each), the likeliest one at a time, with a cache.
 
         `before_layer` works on the prompt alone; what a layer did not read there it never sees.
@@ -390,7 +412,9 @@ class VisionLanguageModel(nn.Module):
         cache: dict[int, LayerCache] = {}
         end = last_asked(prompt)
         position, segment = prompt.positions.gather(1, end), prompt.segments.gather(1, end)
-        word = self.answers(self.read(prompt, cache=cache, before_layer=before_layer)).argmax(1, keepdim=True)
+        word = self.answers(self.read(prompt, cache=cache, before_layer=before_layer)).argmax(
+            1, keepdim=True
+        )
         said = [word]
         for step in range(1, steps):
             one = Prompt(

@@ -64,7 +64,12 @@ class Stage:
     def plan(self) -> TrainingPlan:
         """Short warm-up, then a cosine to zero."""
         return TrainingPlan(
-            self.steps, self.rate, weight_decay=0.01, warmup=self.steps // 20, betas=(0.9, 0.98), fused=True
+            self.steps,
+            self.rate,
+            weight_decay=0.01,
+            warmup=self.steps // 20,
+            betas=(0.9, 0.98),
+            fused=True,
         )
 
 
@@ -97,7 +102,13 @@ class Setting:
     def make_scenes(self, count: int, split: str, seed: int) -> Scenes:
         """Scenes of one to four objects as this model knows them."""
         return make_scenes(
-            count, "several", objects=(1, 4), scale=(0.25, 0.45), size=self.size, split=split, seed=seed
+            count,
+            "several",
+            objects=(1, 4),
+            scale=(0.25, 0.45),
+            size=self.size,
+            split=split,
+            seed=seed,
         )
 
 
@@ -120,7 +131,9 @@ SETTINGS = {
 
 def fast_products(device: str = "cpu") -> torch.autocast:
     """bfloat16 for matrix products where there are units for them: without, it is slower than single precision."""
-    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or torch.cpu._is_amx_tile_supported())
+    return torch.autocast(
+        device, torch.bfloat16, enabled=device != "cpu" or torch.cpu._is_amx_tile_supported()
+    )
 
 
 @torch.no_grad()
@@ -140,9 +153,9 @@ def tower_tokens(
 def untrained(shape: VLMShape, seed: int = 0) -> VisionLanguageModel:
     """The model that training starts from.
 
-    From the third layer on keys start as the queries' map, so that like attends to like: what a question
-    names is soon found, and pictures are read there rather than in the first two layers (where pilots that
-    started all layers so had read them, which leaves no question for pruning after those layers).
+    From the third layer on keys start as the queries' map, so that like attends to like. That the first two
+    do not was meant to have pictures read later than there; trained models read them in the first layer
+    all the same (measured in the report).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -197,7 +210,10 @@ class WordPictures:
 
 
 def draw_word_pictures(
-    setting: Setting, scenes: Scenes, contents: Float[Tensor, "scenes objects patches"], random: np.random.Generator
+    setting: Setting,
+    scenes: Scenes,
+    contents: Float[Tensor, "scenes objects patches"],
+    random: np.random.Generator,
 ) -> WordPictures:
     """Objects where those of training scenes lie, of kinds and colours drawn anew; all patches of objects, at
     most `setting.read`, and some of the background."""
@@ -207,13 +223,21 @@ def draw_word_pictures(
     colours = random.integers(len(COLOURS), size=kinds.shape)
     asked = [
         balanced(
-            questions(kinds[b, :n].tolist(), colours[b, :n].tolist(), scenes.boxes[i, :n].numpy(), setting.size, random),
+            questions(
+                kinds[b, :n].tolist(),
+                colours[b, :n].tolist(),
+                scenes.boxes[i, :n].numpy(),
+                setting.size,
+                random,
+            ),
             setting.asked,
         )
         for b, (i, n) in enumerate(zip(chosen.tolist(), count, strict=True))
     ]
     share, owner = contents[chosen].max(1)
-    most = F.one_hot(contents[chosen].argmax(2), share.shape[1]).bool().any(1)  # no object without a patch
+    most = (
+        F.one_hot(contents[chosen].argmax(2), share.shape[1]).bool().any(1)
+    )  # no object without a patch
     covered = (share > 0.4) | most & (share > 0.1)
     order = covered + torch.from_numpy(random.random(share.shape))
     patches = order.topk(setting.read, 1).indices.sort(1).values
@@ -260,7 +284,10 @@ def answer_loss(
 
 
 def word_sums(
-    model: VisionLanguageModel, scenes: Scenes, contents: Float[Tensor, "batch objects patches"], chosen: Sequence[int]
+    model: VisionLanguageModel,
+    scenes: Scenes,
+    contents: Float[Tensor, "batch objects patches"],
+    chosen: Int[np.ndarray, " batch"],
 ) -> Float[Tensor, "batch patches width"]:
     """What the projector shall make of patches: words of what they show, each by the share that it covers."""
     table = model.words.weight.detach()
@@ -272,7 +299,7 @@ def word_sums(
 
 
 def alignment_loss(
-    model: VisionLanguageModel, material: Material, chosen: Sequence[int]
+    model: VisionLanguageModel, material: Material, chosen: Int[np.ndarray, " batch"]
 ) -> Float[Tensor, ""]:
     """Squared distance of projected tokens to sums of words; patches of objects count five times."""
     contents = material.contents[chosen]
@@ -293,14 +320,21 @@ def build(target: Path, profile: str) -> None:
     save_file({name: torch.tensor(values) for name, values in losses.items()}, target / LOSSES)
 
 
-def fit(setting: Setting, material: Material, seed: int = 0) -> tuple[VisionLanguageModel, dict[str, list[float]]]:
+def fit(
+    setting: Setting, material: Material, seed: int = 0
+) -> tuple[VisionLanguageModel, dict[str, list[float]]]:
     """A trained model, and the losses of each stage step by step."""
     model, random = untrained(setting.shape, seed), np.random.default_rng(seed)
     scenes, losses = material.scenes, {}
 
-    def stage(name: str, plan: TrainingPlan, batch: Callable, loss: Callable, part: torch.nn.Module) -> None:
+    def stage(
+        name: str, plan: TrainingPlan, batch: Callable, loss: Callable, part: torch.nn.Module
+    ) -> None:
         def fast_loss(_: torch.nn.Module, given) -> Tensor:
-            with fast_products(), sdpa_kernel(SDPBackend.MATH):  # fused attention is slow backwards on CPUs
+            with (
+                fast_products(),
+                sdpa_kernel(SDPBackend.MATH),
+            ):  # fused attention is slow backwards on CPUs
                 return loss(given)
 
         losses[name] = train(
@@ -346,7 +380,10 @@ def picture_loss(
     random: np.random.Generator,
 ) -> Float[Tensor, ""]:
     """Loss of the answers about real pictures, and of `setting.blind` prompts of the batch without theirs."""
-    asked = [balanced(scene_questions(material.scenes, i, random), setting.asked) for i in chosen.tolist()]
+    asked = [
+        balanced(scene_questions(material.scenes, i, random), setting.asked)
+        for i in chosen.tolist()
+    ]
     seen, unseen = asked[setting.blind :], asked[: setting.blind]
     pictures = model.project(material.tokens[chosen[setting.blind :]])
     total = 0
