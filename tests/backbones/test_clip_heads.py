@@ -3,20 +3,30 @@
 import itertools
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from torch.nn import functional as F
 
 from reattend.assets.store import AssetError
+from reattend.backbones.pretrained.vit import hidden_states
+from reattend.backbones.pretrained.vit import load as load_vit
+from reattend.backbones.reports import clip as clip_report
 from reattend.backbones.reports.clip import (
+    WAYS,
     Gallery,
     Guesses,
+    all_scores,
     chance,
     cosines,
+    draw_found,
     found_ranks,
     gallery,
     hits_by_concept,
+    recall_table,
+    source_table,
     telling_words,
     word_cosines,
 )
@@ -35,7 +45,9 @@ from reattend.backbones.trained.clip import (
     read_captions,
     see_pictures,
 )
-from reattend.trunks.encoders import CachedStates
+from reattend.data.captioned_pictures import CaptionedPictures, captioned_pictures
+from reattend.plots import COLOURS
+from reattend.trunks.encoders import CachedStates, index_batches, masked_mean
 
 PATCHES, WORDS = 9, 5
 
@@ -171,6 +183,18 @@ def test_tokens_lie_in_the_order_of_the_patches():
     assert changed.tolist() == list(places)
 
 
+def test_tokens_are_the_states_after_the_seventh_and_after_the_tenth_layer():
+    pixels = (255 * torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))).byte()
+    try:
+        seventh, tenth = hidden_states(load_vit(), pixels, (7, 10), 56)
+        found = see_pictures(pixels, 56).float()
+    except AssetError as error:
+        pytest.skip(str(error))
+    torch.testing.assert_close(found[..., :384], seventh, atol=0.02, rtol=2e-3)
+    torch.testing.assert_close(found[..., 384:], tenth, atol=0.02, rtol=2e-3)
+    assert (seventh - tenth).abs().mean() > 0.1
+
+
 def test_a_caption_is_read_alike_alone_and_among_longer_ones():
     try:
         pieces, words = read_captions(["a red car", "a very small boat on a large lake"])
@@ -210,6 +234,66 @@ def test_training_finds_unseen_captions_and_the_placebo_does_not():
         first[arm] = [(r == 1).double().mean().item() for r in ranks]
     assert min(first["paired"]) > 0.9
     assert max(first["shuffled"]) < 0.25
+
+
+def test_the_first_loss_by_hand():
+    """Of the start: channels standardised by training pictures and their captions, copies sharing a target."""
+    kept, setting = toy(), Setting(42, None, 8, 32, 1, 1e-3, 0.0, 0.0)
+    padded = kept.words.states.masked_fill(~kept.words.mask[..., None], 9.0)
+    kept = replace(kept, words=CachedStates(padded, kept.words.mask))
+    rows = kept.indices("train")
+    caption_of, tokens = kept.caption_of[rows], kept.tokens[rows].double()
+    assert not (caption_of.bincount() == caption_of.bincount()[0]).all()
+    said = torch.stack(
+        [s[m].double().mean(0) for s, m in zip(padded, kept.words.mask, strict=True)]
+    )
+    torch.manual_seed(0)
+    heads, standard = Heads(8), lambda x: (x - x.mean(0)) / (x.std(0) + 1e-6)
+    cls, patch = standard(tokens[:, 0]), standard(tokens[:, 1:].mean(1))
+    pictures = cls @ heads.cls.weight.double().T + heads.cls.bias
+    pictures = F.normalize(pictures + patch @ heads.patch.weight.double().T, dim=-1)
+    captions = standard(said[caption_of]) @ heads.word.weight.double().T + heads.word.bias
+    captions = F.normalize(captions, dim=-1)
+    index = next(index_batches(len(rows), 32, seed=0))
+    logits = 20 * pictures[index] @ captions[index].T
+    same = (caption_of[index][:, None] == caption_of[index]).double()
+    assert same.sum() > 32
+    both = (logits.log_softmax(1) + logits.log_softmax(0)) * same / same.sum(1, keepdim=True)
+    wanted = -both.sum().item() / 64
+    assert fit("paired", setting, kept)[1] == pytest.approx([wanted], abs=1e-4)
+
+
+def test_copies_of_a_caption_share_their_target():
+    """They differ by the channels that are left out: with their own diagonal the loss would be another."""
+    kept, setting = toy(), Setting(42, None, 8, 32, 1, 1e-3, 0.0, 0.5)
+    rows = kept.indices("train")
+    caption_of, seen = kept.caption_of[rows], pooled(kept.tokens[rows])
+    said = masked_mean(kept.words.states.float(), kept.words.mask)
+    index = next(index_batches(len(rows), 32, seed=0))
+    chosen = caption_of[index]
+    torch.manual_seed(0)
+    heads = Heads(8, 0.5)
+    heads.standardise_by(cls=seen[:, 0], patch=seen[:, 1], word=said[caption_of])
+    logits = heads.scale * heads.pictures(seen[index]) @ heads.captions(said[chosen]).T
+    same = (chosen[:, None] == chosen).float()
+    both = (logits.log_softmax(1) + logits.log_softmax(0)) / 64
+    wanted = -(both * same / same.sum(1, keepdim=True)).sum().item()
+    assert wanted != pytest.approx(-both.diagonal().sum().item(), abs=1e-2)
+    assert fit("paired", setting, kept)[1] == pytest.approx([wanted], abs=1e-4)
+
+
+def test_matrices_alone_decay():
+    kept, setting = toy(), Setting(42, None, 8, 32, 1, 1e-3, 0.0, 0.0)
+    free = fit("paired", setting, kept)[0].state_dict()
+    decayed = fit("paired", replace(setting, decay=100.0), kept)[0].state_dict()
+    for name, value in free.items():
+        assert torch.equal(decayed[name], value) != name.endswith("weight"), name
+
+
+def test_the_rate_is_warmed_up_over_a_tenth_of_the_steps():
+    plan = SETTINGS["cpu"].plan
+    assert plan.rate(0) == pytest.approx(plan.learning_rate / (plan.steps // 10))
+    assert plan.rate(plan.steps // 10) == pytest.approx(plan.learning_rate)
 
 
 def test_training_looks_at_nothing_but_the_training_side():
@@ -286,6 +370,136 @@ def test_guesses_recover_a_linear_relation_and_copies():
     assert found_ranks(copies, held_out)[0].tolist() == [1, 1, 1]
 
 
+def test_guesses_by_hand():
+    """Vectors of captions are centred by those of training; pictures outside of training count nothing."""
+    kept = toy(30)
+    rows, asked = kept.indices("train"), gallery(kept, "test")
+    said = torch.stack([s[m].double().mean(0) for s, m in zip(*_parts(kept.words), strict=True)])
+    said = F.normalize(said, dim=-1)
+    said = said - said[kept.caption_of[rows]].mean(0)
+    seen = pooled(kept.tokens).flatten(1).double()
+    seen = (seen - seen[rows].mean(0)) / (seen[rows].std(0) + 1e-6)
+    x, y = seen[rows], said[kept.caption_of[rows]]
+    candidates = F.normalize(said[asked.captions], dim=-1)
+    # Ridge regression in its dual form.
+    kernel = torch.linalg.solve(x @ x.T + 50 * torch.eye(len(rows)), y)
+    fitted = F.normalize(seen[asked.pictures] @ x.T @ kernel, dim=-1) @ candidates.T
+    near = {"atol": 1e-3, "rtol": 0, "check_dtype": False}
+    torch.testing.assert_close(Guesses(kept).least_squares(asked, 50.0), fitted, **near)
+    unit = F.normalize(seen, dim=-1)
+    weights = (unit[asked.pictures] @ unit[rows].T / 0.1).softmax(1)
+    wanted = F.normalize(weights @ y, dim=-1) @ candidates.T
+    torch.testing.assert_close(Guesses(kept).neighbours(asked, 0.1), wanted, **near)
+
+
+def _parts(words):
+    return words.states, words.mask
+
+
+def with_validation(kept):
+    """Half of the test side is the validation side."""
+    splits = [
+        "validation" if s == "test" and int(c) % 2 else s
+        for s, c in zip(kept.splits, kept.caption_of, strict=True)
+    ]
+    return replace(kept, splits=tuple(splits))
+
+
+def test_settings_of_guesses_are_the_best_of_the_validation_side(monkeypatch):
+    kept, chosen = with_validation(toy(30)), []
+    best = clip_report._best
+
+    def watched(settings, scored, asked):
+        chosen.append((asked.pictures.tolist(), best(settings, scored, asked)))
+        return chosen[-1][1]
+
+    monkeypatch.setattr(clip_report, "_best", watched)
+    monkeypatch.setattr(Guesses, "PENALTIES", (1e2, 1e5))
+    heads = {"paired": trained_heads(7), "shuffled": trained_heads(5)}
+    found = all_scores(kept, heads, ["test"])["test"]
+    asked = gallery(kept, "test")
+    assert [pictures for pictures, _ in chosen] == [kept.indices("validation").tolist()] * 2
+    (_, temperature), (_, penalty) = chosen
+    guesses = Guesses(kept)
+    assert torch.equal(found["neighbours"], guesses.neighbours(asked, temperature))
+    assert torch.equal(found["least squares"], guesses.least_squares(asked, penalty))
+    assert torch.equal(found["model"], cosines(heads["paired"], kept, asked))
+    shuffled = found["model, shuffled captions"]
+    assert torch.equal(shuffled, cosines(heads["shuffled"], kept, asked))
+    right = asked.right.float()
+    assert best((-1.0, 2.0, 0.5), lambda _, setting: setting * right, asked) == 2.0
+
+
+def of_row(table, **cells):
+    """R@1 of the one row that says so, without its interval."""
+    for name, cell in cells.items():
+        table = table[table[name] == cell]
+    (text,) = table["R@1"]
+    return float(str(text).split()[0])
+
+
+def test_tables_of_recall_by_hand():
+    kept = toy(6)  # asked: pictures 4, 5, 10, 11, whose captions are 4, 5, 4, 5
+    model = torch.tensor([[0.9, 0.7], [0.8, 0.2], [0.3, 0.1], [0.1, 0.5]])
+    held_out = torch.eye(4)[:3]
+    scores = {
+        "test": {"model": model, "other": -model},
+        "vendor": {"model": held_out, "other": -held_out},
+    }
+    recalls, leads = recall_table(kept, scores)
+    seen, drawings = {"asked": "captions never seen"}, {"asked": "drawings held out"}
+    of_picture, of_caption = ({"sought": way} for way in WAYS)
+    # Three pictures find their caption; of the captions one finds a picture of its own.
+    assert of_row(recalls, method="model", **seen, **of_picture) == 75
+    assert of_row(recalls, method="model", **seen, **of_caption) == 50
+    assert of_row(recalls, method="other", **seen, **of_picture) == 25
+    assert of_row(recalls, method="other", **seen, **of_caption) == 0
+    assert of_row(recalls, method="chance", **drawings, **of_picture) == 25
+    assert of_row(recalls, method="chance", **drawings, **of_caption) == pytest.approx(33.3)
+    assert of_row(leads, **seen, **of_picture) == 50
+    assert of_row(leads, **drawings, **of_picture) == 100
+    assert set(leads["model minus"]) == {"other"}
+    table = source_table(kept, model).set_index("source")
+    assert table.pictures.to_dict() == {"google": 2, "twitter": 2}
+    assert {source: float(text) for source, text in table["R@1"].items()} == {
+        "google": 50,
+        "twitter": 100,
+    }
+
+
+def test_the_figure_shows_what_is_put_first_and_what_is_right():
+    kept = toy(9)
+    asked = gallery(kept, "test")
+    assert len(asked.captions) == 3
+    white = torch.full((18, 3, 8, 8), 255, dtype=torch.uint8)
+    said = tuple(kept.captions[c] for c in kept.caption_of)
+    shown = CaptionedPictures(white, white[:, 0], said, kept.concepts, kept.sources, kept.splits)
+    scores = random(len(asked.pictures), len(asked.captions))
+    ranks, order = found_ranks(scores, asked)[0], scores.argsort(1, descending=True)
+    by_caption = {}
+    for i, picture in enumerate(asked.pictures.tolist()):
+        names = [kept.captions[asked.captions[n]] for n in order[i]]
+        by_caption.setdefault(f"{said[picture]}: {ranks[i]}", []).append(names)
+    for axis in draw_found(kept, scores, shown).axes:
+        if title := axis.get_title():
+            names = [text.get_text() for text in axis.texts]
+            assert names in by_caption[title]
+            bold = [text.get_text() for text in axis.texts if text.get_weight() == "bold"]
+            assert bold == [title.split(":")[0]]
+
+
+def test_patches_on_the_object_alone_are_painted():
+    figure, axis = plt.subplots()
+    axis.imshow(np.zeros((28, 28, 3)))
+    alpha = torch.zeros(28, 28, dtype=torch.uint8)
+    alpha[14:, :14] = 255
+    clip_report._paint_patches(axis, torch.tensor([0, 1, 2, 3]), alpha)
+    painted = axis.get_images()[1].get_array()
+    assert painted[..., 3].tolist() == [[0, 0], [0.65, 0]]
+    assert tuple(painted[1, 0, :3]) == pytest.approx(to_rgb(COLOURS[2]))
+    plt.close(figure)
+
+
 def test_words_are_joined_from_their_pieces():
     pieces = ["[CLS]", "a", "tam", "##wor", "##th", "pig", "##let", "2", "[SEP]", "[PAD]"]
     assert telling_words(pieces) == {"tamworth": [2, 3, 4], "piglet": [5, 6]}
@@ -321,7 +535,12 @@ def test_build_can_be_read_again_and_reports_on_itself(tmp_path, monkeypatch):
         pytest.skip(str(error))
     monkeypatch.setattr(clip, "backbone_path", lambda name, profile: target)
     kept, setting = clip.load_tokens("smoke"), SETTINGS["smoke"]
-    side = setting.size // 14
+    pictures, side = captioned_pictures(setting.size, setting.limit), setting.size // 14
+    assert tuple(kept.captions[c] for c in kept.caption_of) == pictures.captions
+    assert (kept.concepts, kept.sources, kept.splits) == (
+        *(pictures.concepts, pictures.sources),
+        pictures.splits,
+    )
     assert kept.tokens.shape == (len(kept.caption_of), 1 + side**2, SEEN)
     assert kept.tokens.dtype == kept.words.states.dtype == torch.float16
     assert len(kept.words) == len(kept.captions) == len(set(kept.captions))

@@ -1,5 +1,6 @@
 """The small CLIP and what is tuned on it: equal starts, frozen weights, placebos by their definition."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from reattend.backbones.trained.r_amt import (
     ARMS,
     BASE,
     SETTINGS,
+    VIEWS,
     Contexts,
     Run,
     build,
@@ -24,10 +26,14 @@ from reattend.backbones.trained.r_amt import (
     tune_all,
     tune_contexts,
     untrained,
+    views_of,
     zeros_of,
 )
 from reattend.data.attribute_scenes import NOUNS, VOCABULARY, caption_ids
+from reattend.data.shifted_objects import jittered
+from reattend.trunks.encoders import index_batches
 from reattend.trunks.image_text import last_words
+from reattend.vision_language.r_amt import PLACES, THRESHOLD, pack_bits, weights_in
 
 SMOKE = SETTINGS["smoke"]
 
@@ -54,6 +60,22 @@ def test_draws_are_nested_and_apart():
     distances = torch.cdist(validation.pixels.flatten(1).float(), two.pixels.flatten(1).float())
     assert (distances > 1).all()
     assert not torch.equal(few_shots(SMOKE, 1).shots(2).pixels, two.pixels)
+
+
+def test_shots_are_shifted_pictures_that_pretraining_has_not_seen():
+    plain = few_shots(replace(SMOKE, domain="source"), 0).shots(2)
+    assert torch.equal(few_shots(SMOKE, 0).shots(2).pixels, plain.shifted("striped").pixels)
+    seen = SMOKE.shape.objects(SMOKE.pictures, "train", 0).pixels.flatten(1).float()
+    assert (torch.cdist(plain.pixels.flatten(1).float(), seen) > 1).all()
+
+
+def test_views_are_moved_or_mirrored_shots(shots):
+    views = views_of(shots, 0)
+    assert len(views) == VIEWS * len(shots)
+    assert torch.equal(views.nouns, shots.nouns.repeat(VIEWS))
+    same = (views.pixels == shots.pixels.repeat(VIEWS, 1, 1, 1)).flatten(1).all(1)
+    assert same.double().mean() < 0.2
+    assert not torch.equal(views_of(shots, 1).pixels, views.pixels)
 
 
 def test_hand_prompts_are_the_mean_over_colours(model):
@@ -93,6 +115,18 @@ def test_contexts_learn_and_the_model_stays(model, shots):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_the_first_loss_of_contexts_by_hand(model, shots):
+    plan = replace(SMOKE.plan, context_steps=1)
+    views, index = views_of(shots, 5), next(index_batches(VIEWS * len(shots), plan.batch, 5))
+    with torch.no_grad():
+        image = model.image_tokens(views.pixels[index])[:, 0]
+        logits = model.scale * image @ Contexts(2, SMOKE.shape.width, 5)(model).T
+        wanted = F.cross_entropy(logits, views.nouns[index]).item()
+    with logged() as logs:
+        tune_contexts(model, shots, 2, plan, 5)
+    assert logs[0].losses == pytest.approx([wanted], abs=1e-5)
+
+
 def test_base_contexts_know_no_new_class(model):
     """Only the logits of base classes enter their loss."""
     base = few_shots(SMOKE, 0).shots(2, base=True)
@@ -100,6 +134,42 @@ def test_base_contexts_know_no_new_class(model):
     every = tune_contexts(model, base, 2, plan, 5)
     alone = tune_contexts(model, base, 2, plan, 5, classes=BASE)
     assert not torch.equal(every.vectors, alone.vectors)
+
+
+@contextmanager
+def logged():
+    """The logs of all trainings in this block."""
+    logs, plainly = [], r_amt.train
+
+    def watched(*args, **options):
+        logs.append(plainly(*args, **options))
+        return logs[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(r_amt, "train", watched)
+        yield logs
+
+
+def test_the_first_loss_of_pretraining_by_hand():
+    """Pictures of one colour and noun share their targets."""
+    objects = SMOKE.shape.objects(200, "train", 0)
+    with logged() as logs:
+        pretrain(SMOKE.shape, objects, 128, replace(SMOKE.pretraining(), steps=1), 0)
+    model, index = untrained(SMOKE.shape, 0), next(index_batches(200, 128, 1000))
+    ids, mask = caption_ids(objects.colours[index][:, None], objects.nouns[index][:, None])
+    with torch.no_grad():
+        text = last_words(model.text_tokens(ids), mask)
+        logits = model.scale * model.image_tokens(objects.pixels[index])[:, 0] @ text.T
+    same = (ids[:, None] == ids).all(-1).float()
+    assert same.sum() > 160
+    both = (logits.log_softmax(1) + logits.log_softmax(0)) * same / same.sum(1, keepdim=True)
+    assert logs[0].losses == pytest.approx([-both.sum().item() / 256], abs=1e-5)
+
+
+def test_rates_of_pretraining():
+    plan = SETTINGS["cpu"].pretraining()
+    assert plan.rate(0) == pytest.approx(6 * plan.learning_rate / plan.steps, rel=0.02)
+    assert plan.rate(plan.steps // 6) == pytest.approx(plan.learning_rate)
 
 
 def test_pretraining_learns():
@@ -129,8 +199,30 @@ def test_tuning_lowers_the_loss_and_leaves_the_model(model, shots, arm):
     assert found.losses[-5:].mean() < found.losses[:5].mean() - 0.02
     assert found.path.shape[0] == 5
     assert 0 < zeros_of(found.values) < 0.5
+    assert torch.equal(found.path[-1], pack_bits([v > THRESHOLD for v in found.values]))
     dropped = found.dropped.mean().item()
-    assert dropped > 0.01 if ARMS[arm].strength else dropped < 0.01
+    assert dropped < 0.01 if arm == "AMT" else dropped > 0.01
+
+
+def test_the_first_loss_of_masks_by_hand(model, shots):
+    """Of jittered shots, with all bits on: cross-entropy and 1e-4 times the norms of M, .01 everywhere."""
+    hand, plan = hand_prompts(model), replace(SMOKE.plan, steps=1)
+    index = next(index_batches(len(shots), plan.batch, 3))
+    seen = jittered(shots.pixels[index], torch.Generator().manual_seed(3))
+    assert not torch.equal(seen, shots.pixels[index])
+    logits = model.scale * model.image_tokens(seen)[:, 0] @ hand.T
+    matrices = [model.image.get_parameter(name) for name in weights_in(model.image, PLACES["AMT"])]
+    norms = sum(0.01 * weight.numel() ** 0.5 for weight in matrices)
+    wanted = F.cross_entropy(logits, shots.nouns[index]).item() + 1e-4 * norms
+    assert norms * 1e-4 > 1e-5
+    for arm in ("AMT", "R-AMT"):
+        found = tune(model, hand, shots, ARMS[arm], plan, 3)
+        assert found.losses.tolist() == pytest.approx([wanted], abs=3e-6)
+
+
+def test_shares_of_zeros_count_the_threshold_as_off():
+    values = [torch.tensor([0.0051, THRESHOLD, 0.01]), torch.tensor([[0.0049]])]
+    assert zeros_of(values) == pytest.approx(0.5)
 
 
 def test_placebos(model, shots):
@@ -141,8 +233,11 @@ def test_placebos(model, shots):
     # The first step of Adam has one size, so that M shows the signs of the gradient.
     step = replace(plan, steps=1)
     first, other = (tune(model, vectors, shots, ARMS[a], step, 0) for a in ("AMT", "permuted"))
+    generator = torch.Generator().manual_seed(0)
     for a, b in zip(first.values, other.values, strict=True):
         assert not torch.equal(a, b)
+        order = torch.randperm(a.numel(), generator=generator)
+        assert torch.equal(b.flatten() > 0.01, (a.flatten() > 0.01)[order])
         assert abs((a > 0.01).double().mean() - (b > 0.01).double().mean()) < 0.01
     until = zeros_of(own.values) / 2
     stopped = tune(model, vectors, shots, ARMS["permuted"], plan, 0, until=until)
@@ -163,14 +258,54 @@ def test_all_trainings_of_a_seed(model):
     assert [v.shape for v in masks.values] == [v.shape for v in own.values]
     features = masked_features(model, masks, few_shots(SMOKE, 0).shots(1).pixels)
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(NOUNS)))
+    matrices = {
+        "AMT": 3,
+        "R-AMT": 3,
+        "R-MMT": 2,
+        "R-PMT": 5,
+    }  # of one layer and the patch embedding
+    assert {arm: len(tuned[Run(arm, 2).key].values) for arm in matrices} == matrices
+
+
+def test_every_training_gets_what_its_arm_says(model, monkeypatch):
+    calls, plainly = [], tune
+
+    def watched(model, classes, shots, arm, plan, seed, **extra):
+        calls.append((arm, classes, shots, extra))
+        return plainly(model, classes, shots, arm, plan, seed, **extra)
+
+    monkeypatch.setattr(r_amt, "tune", watched)
+    tuned, contexts = tune_all(SMOKE, model, 0)
+    hand, drawn, most = hand_prompts(model), few_shots(SMOKE, 0), SMOKE.few[-1]
+    runs = [run for run in SMOKE.runs() if run.arm != "CoOp"]
+    learnt = learnt_prompts(model, contexts[Run("CoOp", most).key])
+    for run, (arm, classes, shots, extra) in zip(runs, calls, strict=True):
+        assert arm is ARMS[run.arm]
+        wanted = learnt if run.arm.startswith("CoOp +") else hand
+        assert torch.equal(classes, wanted[:BASE] if run.base else wanted), run
+        assert torch.equal(shots.pixels, drawn.shots(run.shots, run.base).pixels), run
+        if run.arm == "thinned":
+            assert torch.equal(extra["dropped"], tuned[Run("R-AMT", most).key].dropped)
+        elif run.arm.endswith("permuted"):
+            assert extra["until"] == zeros_of(tuned[Run("AMT", most).key].values) > 0
+        else:
+            assert extra == {}
+    amt, regularised = (zeros_of(tuned[Run(arm, most).key].values) for arm in ("AMT", "R-AMT"))
+    assert amt != regularised
+    placebos = {arm for arm in ARMS if ARMS[arm].gradients != "own"}
+    assert placebos == {"thinned", "permuted", "CoOp + permuted"}
 
 
 def test_built_and_read_again(tmp_path, monkeypatch):
-    setting = replace(SMOKE, seeds=1)
+    setting = replace(SMOKE, seeds=2, few=(1,))
     monkeypatch.setitem(SETTINGS, "smoke", setting)
     monkeypatch.setattr(r_amt, "backbone_path", lambda name, profile: tmp_path)
     build(tmp_path, "smoke")
-    (seed,) = r_amt.load("smoke")
+    seed, other = r_amt.load("smoke")
+    objects = setting.shape.objects(setting.pictures, "train", 1)
+    own = pretrain(setting.shape, objects, setting.batch, setting.pretraining(), 1)
+    assert torch.equal(other.model.image.patches.weight, own.image.patches.weight)
+    assert not torch.equal(seed.model.image.patches.weight, own.image.patches.weight)
     again, contexts = tune_all(setting, seed.model, 0)
     assert set(again) == set(seed.tuned)
     for key, found in seed.tuned.items():

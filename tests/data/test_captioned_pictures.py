@@ -7,11 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
+from reattend.data import captioned_pictures as captions_module
 from reattend.data.captioned_pictures import (
+    CLIP_ART,
+    HELD_OUT_EMOJI,
     MOST_OF_A_TITLE,
     SOURCES,
     SPLITS,
     CaptionedPictures,
+    _title,
     captioned_pictures,
     clip_art_titles,
     concepts_of,
@@ -112,6 +116,10 @@ def test_a_held_out_drawing_has_its_caption_in_training_by_the_other_vendor(pict
     count = Counter(pictures.sources[i] for i in held_out)
     assert set(count) == {"google", "twitter"}
     assert min(count.values()) > 70
+    drawn = of_split(pictures, "train", "vendor")
+    emoji = {pictures.concepts[i] for i in drawn if pictures.sources[i] in count}
+    share = len({pictures.concepts[i] for i in held_out}) / len(emoji)
+    assert share == pytest.approx(HELD_OUT_EMOJI, abs=0.04)
     for i in held_out:
         caption, vendor = pictures.captions[i], pictures.sources[i]
         (other,) = {"google", "twitter"} - {vendor}
@@ -133,6 +141,41 @@ def test_sources_and_sides_are_as_large_as_they_are_said_to_be(pictures):
     assert all(pictures.captions)
     with pytest.raises(ValueError, match="unknown split 'x'; there are: train"):
         pictures.indices("x")
+
+
+def test_where_nothing_is_drawn_the_picture_is_white(pictures):
+    background = (pictures.alpha == 0)[:, None].expand_as(pictures.pixels)
+    assert 0.1 < background.double().mean() < 0.9
+    assert (pictures.pixels[background] == 255).all()
+    drawn = (pictures.alpha == 255)[:, None].expand_as(pictures.pixels)
+    assert (pictures.pixels[drawn] < 255).double().mean() > 0.5
+
+
+def test_titles_are_read_from_the_heads_of_drawings(tmp_path):
+    drawing = tmp_path / "cat.svg"
+    drawing.write_text(
+        "<svg><dc:title>Cat &amp; dog</dc:title><rdf:li>pet</rdf:li><rdf:li>a &lt;b</rdf:li></svg>"
+    )
+    assert _title(drawing) == ("Cat & dog", ["pet", "a <b"])
+    assert _title(tmp_path / "dog.svg") == ("", [])
+
+
+def test_titles_may_be_confirmed_by_folders_and_huge_pictures_are_left_out(tmp_path, monkeypatch):
+    """A dog filed under "dogs" without keywords, a horse under no horse, one picture of nine million pixels."""
+    monkeypatch.setattr(captions_module, "asset_path", lambda name: tmp_path / name)
+    files = {
+        "pets/dogs/rex": ("Dog", 8),
+        "pets/wild/bay": ("Horse", 8),
+        "pets/dogs/big": ("A dog", 3000),
+    }
+    for name, (title, side) in files.items():
+        png = tmp_path / "clip_art" / CLIP_ART / "png" / f"{name}.png"
+        svg = tmp_path / "clip_art_titles" / CLIP_ART / "svg" / f"{name}.svg"
+        for path in (png, svg):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (side, side)).save(png)
+        svg.write_text(f"<dc:title>{title}</dc:title>")
+    assert clip_art_titles() == {"pets/dogs/rex": "Dog"}
 
 
 def test_no_picture_is_blank(pictures):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from reattend.backbones.trained.r_amt import (
@@ -15,15 +16,20 @@ from reattend.backbones.trained.r_amt import (
     Tuned,
     few_shots,
     hand_prompts,
+    learnt_prompts,
+    new_masks,
     tune_all,
     untrained,
+    views_of,
 )
 from reattend.data.attribute_scenes import NOUNS
+from reattend.studies import mask_tuning
 from reattend.studies.mask_tuning import (
     Domains,
     Labelled,
     accuracy,
     along_the_path,
+    encoded,
     harmonic,
     linear_probe,
     marks,
@@ -76,6 +82,52 @@ def test_linear_probe_finds_classes(seed):
     logits = linear_probe(shots, validation, tested)
     assert accuracy(logits, tested.labels) > 90
     torch.testing.assert_close(logits.exp().sum(1), torch.ones(len(logits)))
+
+
+def test_linear_probe_is_the_best_regression_on_validation():
+    """On channels standardised by the shots; validation decides between a weak and a strong penalty."""
+    shots, validation, tested = (labelled(n, i, noise=1.5) for i, n in enumerate((6, 8, 10)))
+    mean, deviation = shots.states.mean(0), shots.states.std(0) + 1e-6
+    x, y, z = (((p.states - mean) / deviation).numpy() for p in (shots, validation, tested))
+    strengths = (1e-4, 1e-2, 1.0, 100.0)
+    fitted = [LogisticRegression(C=c, max_iter=200).fit(x, shots.labels) for c in strengths]
+    scores = [probe.score(y, validation.labels) for probe in fitted]
+    best = int(np.argmax(scores))
+    assert sorted(scores)[-2] < max(scores)
+    wanted = torch.from_numpy(fitted[best].predict_log_proba(z)).float()
+    found = linear_probe(shots, validation, tested, strengths)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+def test_adapter_takes_the_constants_that_do_best_on_validation():
+    shots, validation, tested = (labelled(n, i) for i, n in enumerate((4, 2, 40)))
+    classes = F.normalize(labelled(1, 9, 0.0).image.roll(1, 0), dim=-1)
+    options = {"steps": 1, "rate": 0.0, "ratios": (10.0, 0.0, 1.0), "sharpnesses": (3.0,)}
+    found = tip_adapter(shots, shots, validation, tested, classes, 5.0, **options)
+    chosen = tip_adapter(
+        shots, shots, validation, tested, classes, 5.0, **options | {"ratios": (10.0,)}
+    )
+    assert torch.equal(found, chosen)
+
+
+@pytest.mark.parametrize("helped", [True, False])
+def test_keys_are_tuned_where_validation_gains(helped):
+    """Keys that lie in the wrong places at first; views are right, or lead astray."""
+    shots, validation, tested = (labelled(n, i) for i, n in enumerate((4, 4, 40)))
+    views = labelled(8, 3)
+    wrong = replace(shots, image=labelled(4, 5, noise=3.0).image.roll(1, 0))
+    start = wrong if helped else shots
+    seen = views if helped else replace(views, labels=(views.labels + 1) % 5)
+    classes = torch.zeros(5, 12)
+    options = {"ratios": (3.0,), "sharpnesses": (3.0,)}
+    before = tip_adapter(
+        start, seen, validation, tested, classes, 5.0, steps=1, rate=0.0, **options
+    )
+    after = tip_adapter(
+        start, seen, validation, tested, classes, 5.0, steps=60, rate=0.05, **options
+    )
+    scores = accuracy(before, tested.labels), accuracy(after, tested.labels)
+    assert scores[1] > scores[0] + 20 if helped else torch.equal(after, before)
 
 
 def test_adapter_mends_wrong_class_vectors():
@@ -166,6 +218,62 @@ def test_one_step_is_the_gradient_of_both_losses(found):
 def test_harmonic_mean():
     assert harmonic(60.0, 30.0) == pytest.approx(40)
     assert harmonic(60.0, 0.0) == 0
+
+
+def test_marks_of_arms_by_hand(found, tests):
+    """CoOp's own class vectors, masks under them, shuffled bits, and halves of the classes."""
+    rows, split = tuned_marks(SMOKE, found, tests)
+    model, most = found.model, SMOKE.few[-1]
+    hand, none = hand_prompts(model), new_masks(model, "AMT")
+    of = {(row["arm"], row["shots"]): row["NLL"] for row in rows}
+
+    def nats(masks, classes, objects=tests.target):
+        return masked_marks(model, masks, classes, objects)["NLL"]
+
+    learnt = learnt_prompts(model, found.contexts[Run("CoOp", most).key])
+    assert of["CoOp", most] == pytest.approx(nats(none, learnt))
+    both = masks_of(model, "AMT", found.tuned[Run("CoOp + R-AMT", most).key].values)
+    assert of["CoOp + R-AMT", most] == pytest.approx(nats(both, learnt))
+    own = masks_of(model, "AMT", found.tuned[Run("R-AMT", most).key].values)
+    assert of["shuffled", most] == pytest.approx(nats(shuffled(own, 0), hand))
+    assert of["shuffled", most] != pytest.approx(nats(own, hand))
+    assert rows[0]["NLL"] == pytest.approx(nats(none, hand))
+    assert rows[0]["source NLL"] == pytest.approx(nats(none, hand, tests.source))
+    halves = {row["arm"]: row for row in split}
+    logits = model.scale * model.image_tokens(tests.target.pixels)[:, 0] @ hand.T
+    nouns = tests.target.nouns
+    base, new = nouns < BASE, nouns >= BASE
+    wanted = [
+        100 * (logits[base, :BASE].argmax(1) == nouns[base]).double().mean().item(),
+        100 * (logits[new, BASE:].argmax(1) == nouns[new] - BASE).double().mean().item(),
+    ]
+    zero = halves["zero-shot"]
+    assert [zero["base"], zero["new"]] == pytest.approx(wanted)
+    assert zero["harmonic"] == pytest.approx(harmonic(*wanted))
+
+
+def test_rivals_see_views_and_choose_on_other_pictures(found, tests, monkeypatch):
+    seen = []
+
+    def watched(*pictures, **_):
+        seen.append([part for part in pictures if isinstance(part, Labelled)])
+        return torch.zeros(len(tests.target), len(NOUNS))
+
+    monkeypatch.setattr(mask_tuning, "linear_probe", watched)
+    monkeypatch.setattr(mask_tuning, "tip_adapter", watched)
+    setting = replace(SMOKE, few=(2,))
+    rivals(setting, found, 4, tests, steps=1)
+    drawn = few_shots(setting, 4)
+    views, validation = views_of(drawn.shots(2), 4), drawn.validation(2)
+    probe, adapter = seen
+    wanted = {
+        "probe": (probe, (views, validation, tests.target)),
+        "adapter": (adapter, (drawn.shots(2), views, validation, tests.target)),
+    }
+    for name, (given, pictures) in wanted.items():
+        for mine, objects in zip(given, pictures, strict=True):
+            torch.testing.assert_close(mine.states, encoded(found.model, objects).states)
+            assert torch.equal(mine.labels, objects.nouns), name
 
 
 def test_all_arms_are_marked(found, tests):

@@ -5,7 +5,10 @@ What is trained are linear maps of both into one space, contrastively (CLIP, 210
 twice in a batch share their target. A picture is the direction of A cls + B mean(patches), a caption that of
 C mean(words). Both are sums over tokens, so that B patch and C word can be compared too.
 
-Layers, dropout, batch and width were chosen on another random split of the same pictures.
+Layers, dropout, batch and width were chosen on another random split of the same pictures. On today's
+validation side 500 steps, dropout of .7, word maps that start as the identity and picture maps as a ridge
+regression, targets softened by similar captions, and words left out at random each leave recall at 5 and at
+10 within two points of this recipe, both ways: it stays.
 
 Names of shapes: `pictures`, `captions` (each once), `tokens` ([CLS], then patches row by row), `words` (pieces
 of words, padded), `joint`.

@@ -145,28 +145,24 @@ class Arm:
         strength: of gradient dropout.
         gradients: "own", or of a placebo: "permuted" moves the gradient's entries inside each matrix, always
             in the same way; "thinned" drops entries at random, as many as R-AMT dropped in that step.
-        norm_weight: of the masks' norms in the loss.
         learnt_prompts: whether the class vectors are CoOp's instead of those of the hand prompts.
     """
 
     place: str = "AMT"
     strength: float = 0.0
     gradients: Literal["own", "permuted", "thinned"] = "own"
-    norm_weight: float = NORM_WEIGHT
     learnt_prompts: bool = False
 
 
 ARMS = {
     "AMT": Arm(),
     "R-AMT": Arm(strength=1.0),
-    "R-AMT .3": Arm(strength=0.3),
     "thinned": Arm(gradients="thinned"),
     "permuted": Arm(gradients="permuted"),
     "CoOp + R-AMT": Arm(strength=1.0, learnt_prompts=True),
     "CoOp + permuted": Arm(gradients="permuted", learnt_prompts=True),
     "R-MMT": Arm("MMT", strength=1.0),
     "R-PMT": Arm("PMT", strength=1.0),
-    "AMT, no norm": Arm(norm_weight=0.0),
 }
 
 
@@ -289,7 +285,7 @@ def tune(
     def loss(masks: WeightMasks, index: Tensor) -> Tensor:
         seen = jittered(shots.pixels[index], views)
         logits = model.scale * masked_features(model, masks, seen) @ classes.T
-        task = F.cross_entropy(logits, shots.nouns[index]) + arm.norm_weight * masks.norms()
+        task = F.cross_entropy(logits, shots.nouns[index]) + NORM_WEIGHT * masks.norms()
         found = gradients(task, logits, seen)
         shares.append(sum((g == 0).sum() for g in found) / sum(g.numel() for g in found))
         return with_gradients(task, values, found)
@@ -378,15 +374,16 @@ SETTINGS = {
         few=(1, 2),
     ),
     "cpu": Setting(
-        Shape(patch=6, side=(21, 24), layers=3),
-        seeds=4,
+        Shape(patch=6, side=(21, 24)),
+        seeds=7,
         domain="striped",
         pictures=3000,
         batch=64,
-        steps=1300,
+        steps=1000,
         rate=2e-3,
         pool=1000,
-        plan=TuningPlan(300, 16, 7e-5, 15, 300, 0.005),
+        plan=TuningPlan(200, 16, 1e-4, 20, 300, 0.005),
+        few=(1, 2, 4, 16),
     ),
     "gpu": Setting(
         Shape(size=96, patch=8, side=(72, 90), width=256, layers=8, heads=8),
