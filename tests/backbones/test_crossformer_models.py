@@ -41,14 +41,15 @@ def test_arms_are_what_their_names_say():
         "random groups": (GroupAttention, RandomGroupAttention),
     }
     kernels = {"CEL": [4, 8, 16, 32], "one wide kernel": [14]}
-    bias = {"table": PositionTable, "fast table": PositionTable, "no bias": type(None)}
+    bias = {"table": PositionTable, "no bias": type(None)}
+    intervals = {"SDA only": [1, 1], "LDA only": [2, 2]}
     for arm in ARMS:
         model = untrained(arm, SMOKE, 0)
         found = [block.attn for block in model.layers[0].blocks]
         usual = (GroupAttention, GroupAttention) if arm in FLAT else (GroupAttention,)
         assert tuple(map(type, found)) == second.get(arm, usual), arm
         if arm in FLAT and arm not in second:
-            assert [a.interval for a in found] == ([1, 1] if arm == "SDA only" else [1, 2])
+            assert [a.interval for a in found] == intervals.get(arm, [1, 2])
         assert len(model.layers) == (1 if arm in FLAT else 2)
         for attention in found:
             assert type(attention.pos) is bias.get(arm, DynamicPositionBias), arm
@@ -57,15 +58,19 @@ def test_arms_are_what_their_names_say():
         assert model.patch_embed.projs[0].stride == (STRIDE, STRIDE)
 
 
-def test_tables_have_a_learning_rate_of_their_own():
-    for arm, rate in {"table": 1, "fast table": 10}.items():
-        model = untrained(arm, SMOKE, 0)
-        decayed, rest, tables = build.groups_of(model, ARMS[arm])
-        assert [p.shape for p in tables["params"]] == [(1, 7, 7)] * 2
-        assert (tables["rate"], tables["weight_decay"], rest["weight_decay"]) == (rate, 0, 0)
-        count = sum(len(group["params"]) for group in (decayed, rest, tables))
-        assert count == len(list(model.parameters()))
-    assert build.groups_of(untrained("LSDA", SMOKE, 0), ARMS["LSDA"])[2]["params"] == []
+@pytest.mark.parametrize(("arm", "rate", "biases"), [("table", 10, 2), ("LSDA", 1, 28)])
+def test_biases_have_a_learning_rate_of_their_own(arm, rate, biases):
+    model = untrained(arm, SMOKE, 0)
+    own = {id(p) for block in model.layers[0].blocks for p in block.attn.pos.parameters()}
+    assert len(own) == biases
+    groups = build.groups_of(model, ARMS[arm])
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["rate"] == (rate if id(parameter) in own else 1)
+            if parameter.ndim == 1 or (arm == "table" and id(parameter) in own):
+                assert group["weight_decay"] == 0
+    everything = [id(p) for group in groups for p in group["params"]]
+    assert sorted(everything) == sorted(id(p) for p in model.parameters())
 
 
 def test_costs_of_compared_arms():
@@ -74,7 +79,7 @@ def test_costs_of_compared_arms():
     assert counted["one kernel"] < counted["CEL"] < counted["one wide kernel"]
     for arm in FLAT:
         assert counted[arm] == pytest.approx(counted["LSDA"], rel=0.25), arm
-    assert counted["SDA only"] == counted["LSDA"]
+    assert counted["SDA only"] == counted["LDA only"] == counted["LSDA"]
 
 
 def test_random_deals_differ_by_seed_and_cover_the_map():
@@ -82,13 +87,16 @@ def test_random_deals_differ_by_seed_and_cover_the_map():
         untrained("random groups", SMOKE, seed).layers[0].blocks[1].attn.order for seed in (0, 1)
     ]
     assert not torch.equal(*orders)
-    assert all(order.shape == (4, GROUP**2) for order in orders)
+    for order in orders:
+        assert order.flatten().sort().values.tolist() == list(range(64))
+        windows = order // 32 * 2 + order % 8 // GROUP
+        assert all(group.bincount().tolist() == [4] * 4 for group in windows)  # as LDA's groups
 
 
 def test_every_canvas_is_read_once_at_cpu():
     cpu = SETTINGS["cpu"]
     for arm in ARMS.values():
-        assert cpu.plan(arm).steps * cpu.batch <= cpu.train_canvases
+        assert cpu.of(arm).steps * cpu.batch <= cpu.train_canvases
 
 
 def test_unknown_arms_are_refused():
@@ -107,7 +115,10 @@ def two_kinds(count=64):
 
 @pytest.mark.parametrize("arm", ["CEL", "random groups"])
 def test_training_learns_what_is_easy(arm):
-    setting = replace(SMOKE, pyramid_steps=60, flat_steps=60, rate=1e-2, batch=16)
+    longer = {
+        kind: replace(getattr(SMOKE, kind), steps=60, rate=1e-2) for kind in ("pyramid", "flat")
+    }
+    setting = replace(SMOKE, batch=16, **longer)
     _, losses = build.fit(arm, setting, *two_kinds(), seed=0)
     assert losses[-5:].mean() < 0.2 * losses[0]
 
@@ -133,7 +144,7 @@ def test_building_and_reading_back(tmp_path, monkeypatch):
     assert list(trained.models) == list(ARMS)
     pixels, labels = build.garment_canvases("train", setting.train_canvases, seed=0)
     for arm in ("CEL", "table", "random groups"):
-        assert trained.losses[arm].shape == (setting.seeds, setting.plan(ARMS[arm]).steps)
+        assert trained.losses[arm].shape == (2, setting.of(ARMS[arm]).steps)
         for seed, model in enumerate(trained.models[arm]):
             again, losses = build.fit(arm, setting, pixels, labels, seed)
             assert torch.equal(losses, trained.losses[arm][seed])

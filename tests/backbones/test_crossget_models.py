@@ -89,6 +89,12 @@ def test_arms_of_a_seed_start_alike_and_only_crossget_moves_its_offsets():
     assert first.cross is None
 
 
+def test_seeds_have_orders_of_their_own():
+    base, pairs = untrained(SMOKE.shape, 0), paired(SMOKE.pictures(24, "train", 0))
+    one, other = (fine_tune("dense", base, SMOKE, pairs, seed)[1] for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
 def test_random_matching_takes_no_part_of_the_protected_and_has_no_liking():
     """Every free token is a source, and a destination, about equally often; similarity plays no part."""
     batch, length = 4000, 8

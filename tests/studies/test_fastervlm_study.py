@@ -36,7 +36,9 @@ SETTINGS = SceneSettings(size=40, objects=(2, 3), scale=(0.25, 0.4))
 @pytest.fixture(scope="module")
 def album() -> Album:
     scenes = make_scenes(7, SETTINGS, split="train", seed=3)
-    return make_album(scenes, seed=3, most=5, types=list(TYPES))
+    found = make_album(scenes, seed=3, most=9, types=list(TYPES))
+    assert len({len(some) for some in found.asked}) > 1  # packed prompts with padding
+    return found
 
 
 @pytest.fixture(scope="module")

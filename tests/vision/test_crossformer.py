@@ -354,31 +354,46 @@ def test_shifted_windows_are_masked_dense_attention(height, width, size):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_groups_are_a_deal_with_offsets_of_the_map(seed):
-    attention = RandomGroupAttention(6, 2, 3, 2, side=6, seed=seed, hidden=4)
+    attention = RandomGroupAttention(6, 2, 2, 2, side=4, seed=seed, hidden=4)
     shaken(attention, seed)
-    assert attention.order.flatten().sort().values.tolist() == list(range(36))
-    assert attention.order.shape == (4, 9)
-    regular = grouped(torch.arange(36.0).view(1, 6, 6, 1), 3, 2)[0, :, :, 0].long()
+    assert attention.order.flatten().sort().values.tolist() == list(range(16))
+    regular = grouped(torch.arange(16.0).view(1, 4, 4, 1), 2, 2)[0, :, :, 0].long()
     assert not torch.equal(attention.order.sort(0).values, regular.sort(0).values)
-    number = torch.empty(36, dtype=torch.long)
-    number[attention.order] = torch.arange(4)[:, None].expand(4, 9)
-    rows, columns = places(6, 6)
+    number = torch.empty(16, dtype=torch.long)
+    number[attention.order] = torch.arange(4)[:, None].expand(4, 4)
+    rows, columns = places(4, 4)
     between = torch.stack([rows[:, None] - rows, columns[:, None] - columns], -1) / 2
-    x = random(2, 6, 6, 6, seed=seed)
+    x = random(2, 6, 4, 4, seed=seed)
     seen = number[:, None] == number
     expected = reference(attention, x, seen, attention.pos(between).movedim(-1, 0))
     close(attention(x), expected, 1e-6)  # offsets are kept in single precision
 
 
+@pytest.mark.parametrize(("size", "side", "each"), [(3, 9, 1), (4, 8, 4), (2, 4, 1)])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_groups_take_as_many_tokens_of_every_window_as_lda(size, side, each, seed):
+    dealt = RandomGroupAttention(4, 1, size, side // size, side=side, seed=seed, hidden=4).order
+    regular = grouped(torch.arange(float(side**2)).view(1, side, side, 1), size, side // size)
+    for order in (dealt, regular[0, :, :, 0].long()):
+        windows = order // side // size * (side // size) + order % side // size
+        for group in windows:
+            assert group.bincount().tolist() == [each] * (side // size) ** 2
+
+
+def test_windows_that_cannot_be_dealt_evenly_are_refused():
+    with pytest.raises(ValueError, match="9 tokens of a window cannot be dealt evenly to 4 groups"):
+        RandomGroupAttention(4, 1, 3, 2, side=6, seed=0)
+
+
 def test_random_groups_with_the_interval_are_lda():
-    attention = shaken(GroupAttention(6, 2, 3, 2, hidden=4))
-    dealt = RandomGroupAttention(6, 2, 3, 2, side=6, seed=0, hidden=4)
+    attention = shaken(GroupAttention(6, 2, 2, 2, hidden=4))
+    dealt = RandomGroupAttention(6, 2, 2, 2, side=4, seed=0, hidden=4)
     dealt.load_state_dict(attention.state_dict())
-    regular = grouped(torch.arange(36.0).view(1, 6, 6, 1), 3, 2)[0, :, :, 0].long()
+    regular = grouped(torch.arange(16.0).view(1, 4, 4, 1), 2, 2)[0, :, :, 0].long()
     dealt.order.copy_(regular)
-    spots = torch.stack([regular // 6, regular % 6], -1).double()
+    spots = torch.stack([regular // 4, regular % 4], -1).double()
     dealt.between = (spots[:, :, None] - spots[:, None]) / 2
-    x = random(2, 6, 6, 6)
+    x = random(2, 6, 4, 4)
     close(dealt(x), attention(x))
 
 

@@ -95,11 +95,13 @@ def draw_tokens(accuracy: Mapping[str, Sequence[float]], bound: Mapping[str, flo
     """Share of tokens that name the lone garment, every seed, and what those that cannot hear of it allow.
 
     Args:
+        accuracy: arm -> seeds; none where the arm was not trained.
         bound: arm -> accuracy when all that hear of the garment are right and the others guess.
     """
     figure, axis = plt.subplots(figsize=(8, 0.36 * len(accuracy) + 1.1))
     for place, (arm, values) in enumerate(accuracy.items()):
-        mean_point(axis, values, place, BASELINE if arm == "full attention" else colour_of(arm))
+        if len(values):
+            mean_point(axis, values, place, BASELINE if arm == "full attention" else colour_of(arm))
         label = "all that hear of it right, the others guess" if place == 0 else None
         axis.plot(bound[arm], place, "|", color="black", ms=16, mew=1.5, label=label)
     axis.set_yticks(range(len(accuracy)), list(accuracy))

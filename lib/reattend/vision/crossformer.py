@@ -307,21 +307,34 @@ class ShiftedWindowAttention(GroupAttention):
 
 
 class RandomGroupAttention(GroupAttention):
-    """Groups of as many tokens, dealt at random once: LDA without its interval.
+    """Groups of as many tokens, dealt at random once: LDA without its interval, but with its reach.
 
-    The bias is that of LDA: an MLP of the offset on the map over the interval.
+    As in LDA every group takes equally many tokens of every SDA window, so that SDA and these groups in turns
+    connect all tokens of the map. The bias is that of LDA: an MLP of the offset on the map over the interval.
 
     Args:
         side: tokens a side of the maps it takes.
         seed: of the deal.
+
+    Raises:
+        ValueError: the windows of size x size tokens do not tile the map, or their number does not divide
+            that of a window's tokens.
     """
 
     def __init__(
         self, width: int, heads: int, size: int, interval: int, *, side: int, seed: int, **options
     ):
         super().__init__(width, heads, size, interval, **options)
+        numbers = torch.arange(float(side**2), dtype=torch.float64).view(1, side, side, 1)
+        windows = grouped(numbers, size)[0, :, :, 0].long()
+        groups, tokens = windows.shape
+        if tokens % groups:
+            raise ValueError(
+                f"{tokens} tokens of a window cannot be dealt evenly to {groups} groups"
+            )
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(side**2, generator=generator).view(-1, size**2).sort(1).values
+        dealt = windows.gather(1, torch.rand(windows.shape, generator=generator).argsort(1))
+        order = dealt.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1).sort(1).values
         self.register_buffer("order", order, persistent=False)
         places = torch.stack([order // side, order % side], -1).float()
         between = (places[:, :, None] - places[:, None]) / interval

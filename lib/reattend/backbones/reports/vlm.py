@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -23,12 +23,12 @@ from reattend.backbones.trained.vlm import (
     load,
     losses,
 )
-from reattend.data.vlm_questions import BOS, IDS, PAD, TYPES, Question, encode
+from reattend.data.vlm_questions import BOS, IDS, LENGTH, PAD, TYPES, Question, encode
 from reattend.evidence.intervals import Estimate, resampled
 from reattend.evidence.statistics import difference_of_ratios, ratio_of_sums
 from reattend.plots import COLOURS
 from reattend.presentation import interval_text
-from reattend.trunks.vlm import Prompt, Rows, VisionLanguageModel, last_asked
+from reattend.trunks.vlm import PADDING, Prompt, Rows, VisionLanguageModel
 
 SEED = 800
 """Of the scenes on which the model is measured; no study may use it."""
@@ -142,22 +142,29 @@ def loss_table(logged: Mapping[str, Float[Tensor, " steps"]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _question_words(prompt: Prompt) -> Int[Tensor, "items words"]:
+    """The places of the words of one question a prompt, with its padding."""
+    places = torch.arange(prompt.length - LENGTH, prompt.length)
+    return places.expand(len(prompt.states), -1)
+
+
 @torch.no_grad()
 def looked_at(
     model: VisionLanguageModel,
     tokens: Float[Tensor, "items patches 384"],
     asked: Sequence[Question],
 ) -> tuple[Float[Tensor, "items patches"], list[str]]:
-    """Attention of each question's last word to the patches, averaged over layers and heads, and the answers.
+    """Attention of each question's words to the patches, averaged over words, layers and heads, and the answers.
 
     The averages are divided by their largest value in each picture.
     """
-    rows = Rows(range(model.shape.layers), last_asked)
+    rows = Rows(range(model.shape.layers), _question_words)
     prompt = model.prompt(
         IDS[BOS], model.project(tokens), encode([[q] for q in asked])[0], IDS[PAD]
     )
     found = choices(model.answers(model.read(prompt, rows=rows)), asked)
-    weights = torch.stack([rows.found[n].mean(1)[:, 0] for n in rows.layers]).mean(0)
+    words = (prompt.segments[:, -LENGTH:] != PADDING).to(prompt.states)[:, None, :, None]
+    weights = torch.stack([(rows.found[n] * words).mean((1, 2)) for n in rows.layers]).mean(0)
     seen = weights.gather(1, prompt.picture_tokens())
     said = [TYPES[q.type][values.argmax()] for q, values in zip(asked, found, strict=True)]
     return seen / seen.amax(1, keepdim=True), said
@@ -185,7 +192,7 @@ def draw_looks(
     side, columns = int(seen.shape[1] ** 0.5), 7
     rows = -(-len(asked) // columns)
     figure, axes = plt.subplots(
-        2 * rows, columns, figsize=(1.75 * columns, 4.1 * rows), squeeze=False
+        2 * rows, columns, figsize=(1.6 * columns, 3.9 * rows), squeeze=False
     )
     for axis in axes.flat:
         axis.axis("off")
@@ -234,13 +241,13 @@ def report(page: Page, profile: str) -> None:
         loss_table(losses(profile)),
         "Loss over the last two tenths of each stage of training",
     )
-    chosen = one_of_each(given, [*TYPES, *TYPES])
+    chosen = one_of_each(given, list(TYPES))
     places, asked = [place for place, _ in chosen], [question for _, question in chosen]
     seen, said = looked_at(model, given.tokens[places], asked)
     page.figure(
         "looks",
         draw_looks(given.scenes.pixels[places], seen, asked, said),
-        f"Questions of each type about {SIDES['train']}, the first that ask them; below the answer (blue: right) "
-        f"and the picture, dark where the question's last word pays no attention (mean of all layers and heads; "
+        f"A question of each type about {SIDES['train']}, the first that ask them; below the answer (blue: right) "
+        f"and the picture, dark where the question's words pay no attention (mean of words, layers and heads; "
         f"pictures of {SETTINGS[profile].size} pixels, {SETTINGS[profile].shape.patches} patches)",
     )

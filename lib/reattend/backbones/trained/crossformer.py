@@ -29,13 +29,13 @@ from reattend.training.loop import TrainingPlan, decay_matrices, train
 from reattend.vision.crossformer import (
     AttentionFactory,
     CrossFormer,
+    DynamicPositionBias,
     GroupAttention,
     Layout,
     PositionTable,
     RandomGroupAttention,
     ShiftedWindowAttention,
     SpatialReductionAttention,
-    lsda,
 )
 
 KEPT = "kept.safetensors"
@@ -52,16 +52,16 @@ class Arm:
     Attributes:
         kernels: of the embedding, pixels a side.
         merges: of the merging between two stages, tokens a side; none in a network of one stage.
-        second: what stands in the place of LDA; "reduced" stands in that of SDA too.
+        blocks: attentions of the blocks of a stage, in turns.
         position: of the biases.
-        table_rate: learning rate of tables of biases over that of all else.
+        position_rate: learning rate of the biases over that of all else.
     """
 
     kernels: tuple[int, ...] = (4,)
     merges: tuple[int, ...] = ()
-    second: str = "LDA"
+    blocks: tuple[str, str] = ("SDA", "LDA")
     position: str = "dynamic"
-    table_rate: float = 1.0
+    position_rate: float = 1.0
 
 
 ARMS = {
@@ -69,12 +69,12 @@ ARMS = {
     "one kernel": Arm((4,), (2,)),
     "one wide kernel": Arm((14,), (4,)),
     "LSDA": Arm(),
-    "shifted windows": Arm(second="shifted"),
-    "spatial reduction": Arm(second="reduced"),
-    "random groups": Arm(second="random"),
-    "SDA only": Arm(second="SDA"),
-    "table": Arm(position="table"),
-    "fast table": Arm(position="table", table_rate=10.0),
+    "shifted windows": Arm(blocks=("SDA", "shifted")),
+    "spatial reduction": Arm(blocks=("reduced", "reduced")),
+    "random groups": Arm(blocks=("SDA", "random")),
+    "SDA only": Arm(blocks=("SDA", "SDA")),
+    "LDA only": Arm(blocks=("LDA", "LDA")),
+    "table": Arm(position="table", position_rate=10.0),
     "no bias": Arm(position="none"),
 }
 """By name: three pyramids that differ in their embeddings, and flat networks that differ in their attention from
@@ -83,32 +83,50 @@ ARMS = {
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What one profile trains, all `ARMS` of it; every step reads `batch` canvases."""
+class Training:
+    """Networks of one layout: steps of `Setting.batch` canvases, learning rate, seeds 0 .. seeds - 1."""
 
-    pyramid: Layout
-    flat: Layout
-    pyramid_steps: int
-    flat_steps: int
-    batch: int
+    layout: Layout
+    steps: int
     rate: float
     seeds: int
+
+    def plan(self) -> TrainingPlan:
+        """AdamW with a warm-up over a fifteenth of the steps, then a cosine to zero."""
+        warmup = self.steps // 15
+        return TrainingPlan(self.steps, self.rate, weight_decay=0.05, warmup=warmup, fused=True)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one profile trains, all `ARMS` of it."""
+
+    pyramid: Training
+    flat: Training
+    batch: int
     train_canvases: int
     test_canvases: int
 
-    def plan(self, arm: Arm) -> TrainingPlan:
-        """AdamW with a warm-up over a fifteenth of the steps, then a cosine to zero."""
-        steps = self.pyramid_steps if arm.merges else self.flat_steps
-        return TrainingPlan(steps, self.rate, weight_decay=0.05, warmup=steps // 15, fused=True)
+    def of(self, arm: Arm) -> Training:
+        """How an arm is trained: arms that merge are pyramids."""
+        return self.pyramid if arm.merges else self.flat
 
 
 SETTINGS = {
-    "smoke": Setting(Layout(8, (1, 1), (1, 2)), Layout(8, (2,), (1,)), 2, 2, 8, 4e-3, 2, 60, 40),
+    "smoke": Setting(
+        Training(Layout(8, (1, 1), (1, 2)), 2, 4e-3, 2),
+        Training(Layout(8, (2,), (1,)), 2, 4e-3, 2),
+        *(8, 60, 40),
+    ),
     "cpu": Setting(
-        Layout(24, (1, 1), (2, 4)), Layout(32, (2,), (2,)), 800, 400, 32, 4e-3, 5, 25_600, 2000
+        Training(Layout(24, (1, 1), (2, 4)), 800, 4e-3, 4),
+        Training(Layout(32, (2,), (2,)), 600, 5e-3, 5),
+        *(32, 25_600, 2000),
     ),
     "gpu": Setting(
-        Layout(64, (2, 2), (2, 4)), Layout(96, (4,), (3,)), 600, 600, 512, 2e-3, 4, 50_000, 10_000
+        Training(Layout(64, (2, 2), (2, 4)), 600, 2e-3, 4),
+        Training(Layout(96, (4,), (3,)), 600, 2e-3, 4),
+        *(512, 50_000, 10_000),
     ),
 }
 
@@ -116,18 +134,17 @@ SETTINGS = {
 def attention_of(arm: Arm, seed: int) -> AttentionFactory:
     """The attentions of an arm; the MLP of the bias has 8 channels."""
     options = {"position": arm.position, "hidden": 8}
-    if arm.second == "LDA":
-        return lsda(GROUP, **options)
 
     def make(width: int, heads: int, interval: int, block: int) -> nn.Module:
-        if arm.second == "reduced":
+        kind = arm.blocks[block % 2]
+        if kind == "reduced":
             return SpatialReductionAttention(width, heads, interval, hidden=8)
-        if block % 2 == 0 or arm.second == "SDA":
-            return GroupAttention(width, heads, GROUP, **options)
-        if arm.second == "shifted":
+        if kind == "shifted":
             return ShiftedWindowAttention(width, heads, GROUP, **options)
-        deal = {"side": GROUP * interval, "seed": 100 * seed + block}
-        return RandomGroupAttention(width, heads, GROUP, interval, **deal, **options)
+        if kind == "random":
+            deal = {"side": GROUP * interval, "seed": 100 * seed + block}
+            return RandomGroupAttention(width, heads, GROUP, interval, **deal, **options)
+        return GroupAttention(width, heads, GROUP, interval if kind == "LDA" else 1, **options)
 
     return make
 
@@ -144,7 +161,7 @@ def untrained(arm: str, setting: Setting, seed: int) -> CrossFormer:
     def network(of: Arm) -> CrossFormer:
         torch.manual_seed(seed)
         return CrossFormer(
-            setting.pyramid if of.merges else setting.flat,
+            setting.of(of).layout,
             classes=len(FASHION_CLASSES),
             channels=1,
             kernels=of.kernels,
@@ -165,12 +182,15 @@ def untrained(arm: str, setting: Setting, seed: int) -> CrossFormer:
 
 
 def groups_of(model: CrossFormer, arm: Arm) -> list[dict]:
-    """Parameter groups for `train`: no decay but for matrices, and the tables' own learning rate."""
-    decayed, rest = decay_matrices(model)
-    tables = [m.table for m in model.modules() if isinstance(m, PositionTable)]
-    known = {id(table) for table in tables}
-    others = rest | {"params": [p for p in rest["params"] if id(p) not in known]}
-    return [decayed, others, rest | {"params": tables, "rate": arm.table_rate}]
+    """Parameter groups for `train`: no decay but for matrices, and the biases' own learning rate."""
+    biases = [m for m in model.modules() if isinstance(m, DynamicPositionBias | PositionTable)]
+    own = {id(p) for bias in biases for p in bias.parameters()}
+    groups = []
+    for group in decay_matrices(model):
+        for mine, rate in ((False, 1.0), (True, arm.position_rate)):
+            kept = [p for p in group["params"] if (id(p) in own) == mine]
+            groups.append(group | {"params": kept, "rate": rate})
+    return groups
 
 
 def fit(
@@ -185,7 +205,7 @@ def fit(
     model = untrained(arm, setting, seed).to(device)
     batches = shuffled(pixels, labels, setting.batch, 1000 + seed, device)
     groups = partial(groups_of, arm=ARMS[arm])
-    log = train(model, batches, cross_entropy, setting.plan(ARMS[arm]), groups=groups)
+    log = train(model, batches, cross_entropy, setting.of(ARMS[arm]).plan(), groups=groups)
     return model, torch.tensor(log.losses)
 
 
@@ -205,7 +225,7 @@ def build(target: Path, profile: str) -> None:
     kept = {"pixels": test, "labels": test_labels, "linear classifier": logits}
     for arm in ARMS:
         losses = []
-        for seed in range(setting.seeds):
+        for seed in range(setting.of(ARMS[arm]).seeds):
             model, loss = fit(arm, setting, pixels, labels, seed, device)
             save_model(model, target / _file(arm, seed))
             losses.append(loss)
@@ -242,7 +262,9 @@ def load(profile: str = "cpu", device: torch.device | str = "cpu") -> GarmentCro
         return model.to(device).eval()
 
     kept = load_file(directory / KEPT)
-    models = {arm: [read(arm, seed) for seed in range(setting.seeds)] for arm in ARMS}
+    models = {
+        arm: [read(arm, seed) for seed in range(setting.of(of).seeds)] for arm, of in ARMS.items()
+    }
     losses = {arm: kept[f"losses of {arm}"] for arm in ARMS}
     return GarmentCrossFormers(
         models, losses, kept["pixels"], kept["labels"], kept["linear classifier"]
