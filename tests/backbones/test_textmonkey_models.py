@@ -108,11 +108,12 @@ def test_losses_count_digits_that_are_there():
     torch.testing.assert_close(place_loss(places, PAGES), expected)
 
 
-def test_a_linear_reader_sees_a_strip_around_each_place():
+def test_a_linear_reader_sees_the_pixels_around_each_token():
     torch.manual_seed(0)
     reader = LinearReader(reach=2)
-    strip = PAGES.pixels[4, :, PAGES.columns[4, BORDER] - 2 : PAGES.columns[4, BORDER] + 3]
-    torch.testing.assert_close(reader(PAGES)[4, BORDER], reader.read(strip.flatten()))
+    row, column = (x[4, BORDER] // 4 * 4 + 2 for x in (PAGES.rows, PAGES.columns))
+    window = PAGES.pixels[4, row - 2 : row + 3, column - 2 : column + 3]
+    torch.testing.assert_close(reader(PAGES)[4, BORDER], reader.read(window.flatten()))
 
 
 def test_a_reader_of_places_knows_slots():

@@ -157,7 +157,7 @@ def kept_of_digits(network: PageNetwork, reader: ShortReader, pages: DigitPages)
 
 def page_tokens(
     model: Dinov2Model, pages: UInt8[Tensor, "pages 3 side side"], crops: int, size: int = SIDE
-) -> Float[Tensor, "pages tokens 384"]:
+) -> Float[Tensor, "pages tokens dim"]:
     """Tokens of pages that are cut into crops x crops pieces, each read alone at `size` pixels."""
     grid = CropGrid(crops, crops, pages.shape[-1] // crops, pages.shape[-1] // crops)
     cut = partition(pages.movedim(1, -1).float(), (grid.height, grid.width))

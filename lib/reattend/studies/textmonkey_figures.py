@@ -103,7 +103,9 @@ def draw_scores(panels: Mapping[str, Points], label: str = "NLL of a digit, nats
             mean_point(axis, values, place, colour_of(arm.split(" + ")[0]))
         axis.set_yticks(range(len(arms)), list(arms))
         axis.invert_yaxis()
-        axis.set(xlabel=label, xlim=(0, None))
+        axis.set(
+            xlabel=label, xlim=(0, 1.05 * max(axis.get_xlim()[1], *map(np.max, arms.values())))
+        )
         axis.set_title(title, fontsize=9)
     return figure
 
@@ -170,12 +172,15 @@ def draw_resampler(
     for axis, (number, arms) in zip(axes, by_number.items(), strict=False):
         for place, (arm, values) in enumerate(arms.items()):
             mean_point(axis, values, place, colour_of(arm.split(" + ")[0]))
-        axis.axvline(found.effect, color="black", ls=":", lw=1, label="all 72 tokens")
+        axis.axvline(found.effect, color="black", ls=":", lw=1)
         axis.set_yticks(range(len(arms)), list(arms))
         axis.invert_yaxis()
         axis.set(xlabel="NLL of a digit, nats", xscale="log")
-        axis.set_title(f"{number} of 72 tokens", fontsize=9)
-    axes[0].legend(loc="lower right")
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if low <= tick <= high]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_title(f"{number} of 72 tokens (dotted: all)", fontsize=9)
     rows = [
         (f"{arm} ({n} here)", value) for n, arms in reported.items() for arm, value in arms.items()
     ]

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from reattend.backbones.store import backbone_path
-from reattend.data.digit_pages import COLUMNS, ROWS, UNASKED, DigitPages, draw_digit_pages
+from reattend.data.digit_pages import COLUMNS, PATCH, ROWS, UNASKED, DigitPages, draw_digit_pages
 from reattend.multimodal_llm.textmonkey import (
     CropGrid,
     CrossWindowAttention,
@@ -155,19 +155,24 @@ class PageNetwork(nn.Module):
 
 
 class LinearReader(nn.Module):
-    """Scores of the digit at each place, linear in the pixels of a strip around it: what needs no network."""
+    """Scores of the digit at each place, linear in the pixels around its token: what needs no network.
+
+    Args:
+        reach: pixels in each direction from the middle of the token; beyond the page they are zero.
+    """
 
     def __init__(self, reach: int = 8) -> None:
         super().__init__()
         self.reach = reach
-        self.read = nn.Linear(24 * (2 * reach + 1), DIGITS)
+        self.read = nn.Linear((2 * reach + 1) ** 2, DIGITS)
 
     def forward(self, pages: DigitPages) -> Float[Tensor, "batch 3 digits"]:
-        wide = F.pad(pages.pixels, (self.reach, self.reach))
+        wide = F.pad(pages.pixels, (self.reach,) * 4)
         offsets = torch.arange(2 * self.reach + 1, device=wide.device)
-        across = (pages.columns[..., None] + offsets)[:, :, None]
-        strips = wide[:, None].expand(-1, 3, -1, -1).gather(3, across.expand(-1, -1, 24, -1))
-        return self.read(strips.flatten(2))
+        middles = (place // PATCH * PATCH + PATCH // 2 for place in (pages.rows, pages.columns))
+        down, across = (middle[..., None] + offsets for middle in middles)
+        page = torch.arange(len(pages), device=wide.device)[:, None, None, None]
+        return self.read(wide[page, down[..., None], across[..., None, :]].flatten(2))
 
 
 class PlaceReader(nn.Module):
