@@ -140,6 +140,7 @@ def test_scores_stand_at_their_means():
     axis = draw_scores({"weak": arms, "strong": arms}).axes[1]
     assert diamonds(axis) == [4, 2]
     assert axis.lines[-1].get_color() == COLOURS[0]
+    assert [line.get_xdata().tolist() for line in axis.lines[:3]] == [[3, 1], [4, 2], [5, 3]]
 
 
 def test_attention_says_how_much_lies_beyond_the_border():
@@ -150,10 +151,11 @@ def test_attention_says_how_much_lies_beyond_the_border():
     assert axes[1].patches[0].get_xy() == (20, 8)
 
 
-def test_early_losses_show_a_tenth_and_all():
-    losses = {"zero init": torch.arange(40.0).expand(3, -1), "zero scale": torch.ones(3, 40)}
-    first, whole = draw_early_losses(losses, bins=4).axes
+def test_early_losses_stand_above_the_start():
+    losses = {"no module": torch.ones(3, 40), "zero init": 1 + torch.arange(40.0).expand(3, -1)}
+    first, whole = draw_early_losses(losses, "no module", bins=4).axes
     assert first.lines[0].get_ydata().tolist() == [0, 1, 2, 3]
+    assert whole.lines[0].get_xdata().tolist() == [5.5, 15.5, 25.5, 35.5]
     assert whole.lines[0].get_ydata().tolist() == [4.5, 14.5, 24.5, 34.5]
 
 

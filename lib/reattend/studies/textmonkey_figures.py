@@ -91,7 +91,7 @@ def colour_of(arm: str) -> str:
 
 
 def draw_scores(panels: Mapping[str, Points], label: str = "NLL of a digit, nats") -> Figure:
-    """A panel for each kind of reader and digit: every arm's seeds, their mean and its 95 % interval.
+    """A panel for each kind of reader and digit: every arm's seeds (joined), their mean and its 95 % interval.
 
     Args:
         panels: title -> arm -> seeds.
@@ -110,20 +110,23 @@ def draw_scores(panels: Mapping[str, Points], label: str = "NLL of a digit, nats
     return figure
 
 
-def draw_early_losses(losses: Mapping[str, Float[Tensor, "seeds steps"]], bins: int = 20) -> Figure:
-    """Training loss against steps by arm: the first tenth step by step, and all in bins."""
+def draw_early_losses(
+    losses: Mapping[str, Float[Tensor, "seeds steps"]], start: str, bins: int = 20
+) -> Figure:
+    """Training loss of arms above that of `start` on the same pages: the first tenth of the steps, and all in bins."""
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
-    for arm, rows in losses.items():
-        values = rows.double().numpy()
-        early = max(2, values.shape[1] // 10)
+    for arm in (arm for arm in losses if arm != start):
+        above = (losses[arm].double() - losses[start].double()).numpy()
         style = "--" if arm == "zero scale" else "-"
-        mean_curve(axes[0], np.arange(1, early + 1), values[:, :early], colour_of(arm), arm, style)
-        size = max(1, values.shape[1] // bins)
-        whole = values[:, : values.shape[1] // size * size].reshape(len(values), -1, size).mean(-1)
-        places = size * (np.arange(whole.shape[1]) + 0.5)
-        mean_curve(axes[1], places, whole, colour_of(arm), arm, style)
-    axes[0].set(xlabel="step", ylabel="training loss, nats a token", title="the first tenth")
-    axes[1].set(xlabel="step", title="all steps, means of bins", ylim=(0, None))
+        for axis, last in zip(axes, (max(2, above.shape[1] // 10), above.shape[1]), strict=True):
+            size = max(1, last // bins)
+            binned = above[:, : last // size * size].reshape(len(above), -1, size).mean(-1)
+            places = size * np.arange(binned.shape[1]) + (size + 1) / 2
+            mean_curve(axis, places, binned, colour_of(arm), arm, style)
+    for axis, title in zip(axes, ("the first tenth", "all steps, means of bins"), strict=True):
+        axis.axhline(0, color=BASELINE, lw=1)
+        axis.set(xlabel="step", title=title)
+    axes[0].set_ylabel(f"training loss above that of {start},\nnats a token")
     axes[1].legend()
     return figure
 
@@ -205,7 +208,7 @@ def draw_redundancy(
         reported: shares at the paper's three resolutions, each as many times the first as here.
     """
     figure, axis = plt.subplots(figsize=(6.8, 3.8))
-    colours = [COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]]
+    colours = [*COLOURS[:3], COLOURS[4], BASELINE]
     for (name, values), colour in zip(shares.items(), colours, strict=False):
         found = [mean(column) for column in values.T]
         centres = [f.effect for f in found]
