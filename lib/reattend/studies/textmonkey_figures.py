@@ -91,7 +91,7 @@ def colour_of(arm: str) -> str:
 
 
 def draw_scores(panels: Mapping[str, Points], label: str = "NLL of a digit, nats") -> Figure:
-    """A panel for each kind of reader and digit: every arm's seeds (joined), their mean and its 95 % interval.
+    """A panel for each kind of reader and digit: every arm's seeds, their mean and its 95 % interval.
 
     Args:
         panels: title -> arm -> seeds.
