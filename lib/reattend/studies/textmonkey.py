@@ -1,0 +1,184 @@
+"""What is asked of TextMonkey: reading digits that a border cuts, shorter sequences, redundancy of real features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Generator, Tensor
+from torch.nn import functional as F
+from transformers import Dinov2Model
+
+from reattend.backbones.pretrained.vit import hidden_states
+from reattend.backbones.trained.textmonkey import (
+    LinearReader,
+    PageNetwork,
+    Setting,
+    ShortReader,
+)
+from reattend.data.digit_pages import BORDER, INNER, DigitPages
+from reattend.multimodal_llm.textmonkey import CropGrid, partition, redundant_tokens
+
+TEST_SEED = 99
+LAYER = 8
+"""Of the ViT-S/14; its layers 8 to 10 have the best features."""
+SIDE = 168
+"""Pixels of a side that the ViT reads at once, 144 tokens."""
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Answers about the digits of test pages.
+
+    Attributes:
+        nll: of the digit at each place, in nats.
+        answers: the likeliest digit.
+    """
+
+    pages: DigitPages
+    nll: Float[Tensor, "pages 3"]
+    answers: Int[Tensor, "pages 3"]
+
+    def _mean(self, values: Tensor, places: Sequence[int]) -> float:
+        there = self.pages.present[:, places]
+        return values[:, places].double()[there].mean().item()
+
+    def scores(self) -> dict[str, float]:
+        """Mean negative log-likelihood in nats and accuracy in %: within a crop, across the border, of all digits."""
+        right = 100 * (self.answers == self.pages.digits)
+        kinds = {"inner": INNER, "border": [BORDER], "all": [*INNER, BORDER]}
+        nll = {f"{kind} NLL": self._mean(self.nll, places) for kind, places in kinds.items()}
+        return nll | {f"{kind} %": self._mean(right, places) for kind, places in kinds.items()}
+
+    def lines(self) -> list[str]:
+        """What was read on every page, wrong digits in brackets, a dot where there is none."""
+        right = self.answers == self.pages.digits
+        return [
+            " ".join(
+                f"{digit}" if good else f"[{digit}]" if there else "·"
+                for digit, good, there in zip(*page, strict=True)
+            )
+            for page in zip(
+                self.answers.tolist(),
+                (right & self.pages.present).tolist(),
+                self.pages.present.tolist(),
+                strict=True,
+            )
+        ]
+
+
+def test_pages(setting: Setting, count: int) -> DigitPages:
+    """Pages that no training has seen, the same for every arm and seed."""
+    return setting.draw(count, Generator().manual_seed(TEST_SEED))
+
+
+def _reading(scores: Float[Tensor, "pages 3 digits"], pages: DigitPages) -> Reading:
+    scores = scores.cpu()
+    nll = F.cross_entropy(scores.mT, pages.digits, reduction="none")
+    return Reading(pages, nll, scores.argmax(-1))
+
+
+@torch.no_grad()
+def read_tokens(network: PageNetwork, pages: DigitPages) -> Reading:
+    """The weakest reader: the network's linear head on the one token in the middle of each digit."""
+    device = network.head.weight.device
+    scores = torch.cat([network(part.to(device)).cpu() for part in pages.pixels.split(100)])
+    places = pages.tokens[..., None].expand(-1, -1, scores.shape[-1])
+    return _reading(scores.flatten(1, 2).gather(1, places), pages)
+
+
+@torch.no_grad()
+def read_places(network: PageNetwork, reader: ShortReader, pages: DigitPages) -> Reading:
+    """The stronger reader: cross-attention to the tokens of both crops, or to those that are kept of them."""
+    device = network.head.weight.device
+    found = []
+    for pixels, asked in zip(pages.pixels.split(100), pages.tokens.split(100), strict=True):
+        tokens = network.tokens(pixels.to(device)).flatten(1, 2)
+        found.append(reader(tokens, asked.to(device)).cpu())
+    return _reading(torch.cat(found), pages)
+
+
+@torch.no_grad()
+def read_linearly(reader: LinearReader, pages: DigitPages) -> Reading:
+    """The linear reader of pixels."""
+    return _reading(reader(pages.to(reader.read.weight.device)), pages)
+
+
+def score_table(readings: Mapping[str, Sequence[Reading]]) -> pd.DataFrame:
+    """A row for every arm and seed: arm, seed and `Reading.scores`."""
+    return pd.DataFrame(
+        [
+            {"arm": arm, "seed": seed} | reading.scores()
+            for arm, seeds in readings.items()
+            for seed, reading in enumerate(seeds)
+        ]
+    )
+
+
+def by_seed(scores: pd.DataFrame, arm: str, column: str) -> Float[np.ndarray, " seeds"]:
+    """One column of an arm's rows, in the order of the seeds."""
+    return scores[scores.arm == arm].sort_values("seed")[column].to_numpy()
+
+
+def early_loss(losses: Float[Tensor, "seeds steps"]) -> Float[np.ndarray, " seeds"]:
+    """Mean training loss after the first step and within the first tenth: steps 2 to a tenth of all."""
+    return losses[:, 1 : max(2, losses.shape[1] // 10)].double().mean(1).numpy()
+
+
+@torch.no_grad()
+def kept_places(
+    network: PageNetwork, reader: ShortReader, pages: DigitPages
+) -> Bool[Tensor, "pages crops tokens"]:
+    """Which tokens of each page a reader keeps."""
+    tokens = network.tokens(pages.pixels.to(network.head.weight.device))
+    found = torch.zeros(tokens.shape[0], tokens.shape[1] * tokens.shape[2], dtype=torch.bool)
+    found.scatter_(1, reader.kept(tokens.flatten(1, 2)).cpu(), True)
+    return found.unflatten(1, tokens.shape[1:3])
+
+
+@torch.no_grad()
+def kept_of_digits(network: PageNetwork, reader: ShortReader, pages: DigitPages) -> float:
+    """Per cent of the tokens at the centres of digits that a reader keeps."""
+    kept = CropGrid(1, network.grid.columns, network.grid.height, network.grid.width).stitch(
+        kept_places(network, reader, pages)[..., None].double()
+    )
+    there = kept.flatten(1).gather(1, pages.tokens)[pages.present]
+    return 100 * there.mean().item()
+
+
+# Redundancy ---------------------------------------------------------------------------------------
+
+
+def page_tokens(
+    model: Dinov2Model, pages: UInt8[Tensor, "pages 3 side side"], crops: int, size: int = SIDE
+) -> Float[Tensor, "pages tokens dim"]:
+    """Tokens of pages that are cut into crops x crops pieces, each read alone at `size` pixels."""
+    grid = CropGrid(crops, crops, pages.shape[-1] // crops, pages.shape[-1] // crops)
+    cut = partition(pages.movedim(1, -1).float(), (grid.height, grid.width))
+    cut = cut.unflatten(2, (grid.height, grid.width)).movedim(-1, 2).flatten(0, 1).byte()
+    states = (hidden_states(model, part.to(model.device), [LAYER], size) for part in cut.split(8))
+    return (
+        torch.cat([found[0, :, 1:].cpu() for found in states])
+        .unflatten(0, (len(pages), -1))
+        .flatten(1, 2)
+    )
+
+
+def largest_similarity(tokens: Float[Tensor, "batch n dim"]) -> Float[Tensor, "batch n"]:
+    """Largest cosine of every token to another."""
+    unit = F.normalize(tokens.double(), dim=-1)
+    cosine = unit @ unit.mT
+    return cosine.masked_fill(torch.eye(cosine.shape[-1], dtype=torch.bool), -1.0).amax(-1)
+
+
+def page_shares(
+    tokens: Float[Tensor, "pages n dim"], threshold: float, candidates: int | None = None
+) -> Float[np.ndarray, " pages"]:
+    """Per cent of redundant tokens of every page."""
+    return 100 * redundant_tokens(tokens, threshold, candidates).mean(1).numpy()

@@ -1,0 +1,194 @@
+"""What is measured of TextMonkey's readers and of redundancy, and that its pictures show it."""
+
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import Dinov2Config, Dinov2Model
+
+from reattend.backbones.trained.textmonkey import (
+    CROPS,
+    SETTINGS,
+    ShortReader,
+    untrained,
+)
+from reattend.data.digit_pages import BORDER, INNER
+from reattend.plots import COLOURS
+from reattend.studies import textmonkey as study
+from reattend.studies.textmonkey_figures import (
+    draw_attention,
+    draw_documents,
+    draw_early_losses,
+    draw_masks,
+    draw_pages,
+    draw_redundancy,
+    draw_resampler,
+    draw_scores,
+)
+
+SMALL = SETTINGS["smoke"]
+PAGES = study.test_pages(SMALL, 9)
+NETWORK = untrained(SMALL, CROPS, 0).eval()
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+def test_test_pages_are_the_same_for_all():
+    assert torch.equal(PAGES.pixels, study.test_pages(replace(SMALL, seeds=8), 9).pixels)
+
+
+def test_the_weak_reader_reads_the_token_in_the_middle():
+    found = study.read_tokens(NETWORK, PAGES)
+    scores = NETWORK(PAGES.pixels).detach()
+    for page, place in ((0, 0), (4, BORDER), (8, 2)):
+        row, column = PAGES.rows[page, place] // 4, PAGES.columns[page, place] // 4
+        expected = F.cross_entropy(scores[page, row, column], PAGES.digits[page, place])
+        torch.testing.assert_close(found.nll[page, place], expected)
+
+
+def test_scores_are_means_over_the_digits_that_are_there():
+    nll = torch.arange(27.0).view(9, 3)
+    reading = study.Reading(PAGES, nll, PAGES.digits.clone())
+    reading.answers[:, BORDER] += 1
+    found = reading.scores()
+    inner, border = PAGES.present[:, INNER], PAGES.present[:, BORDER]
+    assert found["inner NLL"] == pytest.approx(nll[:, INNER][inner].mean().item())
+    assert found["border NLL"] == pytest.approx(nll[:, BORDER][border].mean().item())
+    assert found["all NLL"] == pytest.approx(nll[PAGES.present].mean().item())
+    assert (found["inner %"], found["border %"]) == (100, 0)
+    line = reading.lines()[0].split(" ")
+    for place, written in enumerate(line):
+        digit = reading.answers[0, place].item()
+        right = f"[{digit}]" if place == BORDER else f"{digit}"
+        assert written == (right if PAGES.present[0, place] else "·")
+
+
+def test_scores_by_seed_keep_their_order():
+    nll = torch.ones(9, 3)
+    readings = {"a": [study.Reading(PAGES, k * nll, PAGES.digits) for k in (3, 1)], "b": []}
+    table = study.score_table(readings)
+    assert study.by_seed(table.iloc[::-1], "a", "all NLL").tolist() == [3, 1]
+
+
+def test_the_early_loss_leaves_out_the_first_step():
+    losses = torch.arange(40.0).expand(2, -1)
+    assert study.early_loss(losses).tolist() == [2, 2]  # steps 2, 3 and 4
+
+
+def test_what_is_kept_of_pages_and_of_digits():
+    torch.manual_seed(0)
+    every = ShortReader("all", 72, False, SMALL.width, SMALL.heads, 0)
+    stride = ShortReader("stride", 36, False, SMALL.width, SMALL.heads, 0)
+    assert study.kept_places(NETWORK, every, PAGES).all()
+    assert study.kept_of_digits(NETWORK, every, PAGES) == 100
+    kept = study.kept_places(NETWORK, stride, PAGES)
+    assert kept.shape == (9, 2, 36)
+    assert kept[0, 1].nonzero().flatten().tolist() == list(range(0, 36, 2))
+    column = PAGES.columns[PAGES.present] // 4
+    expected = 100 * (column % 2 == 0).double().mean().item()
+    assert study.kept_of_digits(NETWORK, stride, PAGES) == pytest.approx(expected)
+    reading = study.read_places(NETWORK, every, PAGES)
+    scores = every(NETWORK.tokens(PAGES.pixels).flatten(1, 2), PAGES.tokens)
+    assert torch.equal(reading.answers, scores.argmax(-1))
+
+
+def test_tokens_of_crops_come_crop_after_crop(monkeypatch):
+    def means(model, pixels, layers, size):
+        assert (layers, size) == ([study.LAYER], 4)
+        patches = F.avg_pool2d(pixels.float(), 2).flatten(2).mT.mean(-1, keepdim=True)
+        return torch.cat([torch.full_like(patches[:, :1], -1), patches], 1)[None]
+
+    monkeypatch.setattr(study, "hidden_states", means)
+    vit = Dinov2Model(Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    pages = torch.randint(0, 255, (3, 1, 8, 8)).expand(-1, 3, -1, -1).byte()
+    found = study.page_tokens(vit, pages, 2, 4)[..., 0]
+    assert found.shape == (3, 16)
+    torch.testing.assert_close(found[1, 6], pages[1, 0, 2:4, 4:6].float().mean())
+
+
+def test_similarity_and_shares():
+    tokens = torch.eye(5, dtype=torch.float64)[None].clone()
+    tokens[0, 1] += 2 * tokens[0, 0]
+    found = study.largest_similarity(tokens)[0]
+    assert found[:2].tolist() == pytest.approx([2 / 5**0.5] * 2)
+    assert study.page_shares(tokens, 0.8).tolist() == [40]
+    assert study.page_shares(tokens, 0.8, 2).tolist() == pytest.approx([20])
+
+
+# Pictures -----------------------------------------------------------------------------------------
+
+
+def diamonds(axis):
+    return [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "D"]
+
+
+def test_masks_are_counted():
+    titles = [axis.get_title() for axis in draw_masks(64, 12, 6).axes]
+    assert [int(title.split("\n")[1].split()[0]) for title in titles] == [736, 696, 40]
+
+
+def test_scores_stand_at_their_means():
+    arms = {"shift 0": np.array([3.0, 4, 5]), "zero init": np.array([1.0, 2, 3])}
+    axis = draw_scores({"weak": arms, "strong": arms}).axes[1]
+    assert diamonds(axis) == [4, 2]
+    assert axis.lines[-1].get_color() == COLOURS[0]
+
+
+def test_attention_says_how_much_lies_beyond_the_border():
+    found = torch.zeros(6, 12)
+    found[2, 5], found[2, 6] = 0.7, 0.3
+    axes = draw_attention(PAGES.pixels[0], {"zero init": found}, (2, 5)).axes
+    assert "30 %" in axes[1].get_title()
+    assert axes[1].patches[0].get_xy() == (20, 8)
+
+
+def test_early_losses_stand_above_the_start():
+    losses = {"no module": torch.ones(3, 40), "zero init": 1 + torch.arange(40.0).expand(3, -1)}
+    first, whole = draw_early_losses(losses, "no module", bins=4).axes
+    assert first.lines[0].get_ydata().tolist() == [0, 1, 2, 3]
+    assert whole.lines[0].get_xdata().tolist() == [5.5, 15.5, 25.5, 35.5]
+    assert whole.lines[0].get_ydata().tolist() == [4.5, 14.5, 24.5, 34.5]
+
+
+def test_pages_are_drawn_with_what_was_read():
+    kept = {"all": torch.ones(9, 2, 36, dtype=torch.bool), "none": torch.zeros(9, 2, 36).bool()}
+    two = type(PAGES)(*(part[:2] for part in vars(PAGES).values()))
+    answers = {"all": ["1 2 3", "4"], "none": ["[5]", "·"]}
+    figure = draw_pages(two, {k: v[:2] for k, v in kept.items()}, answers)
+    assert [axis.get_title() for axis in figure.axes] == ["all\n1 2 3", "none\n[5]", "4", "·"]
+    veils = [axis.images[-1].get_array()[..., 3] for axis in figure.axes[:2]]
+    assert (veils[0].max(), veils[1].min()) == (0, 0.85)
+
+
+def test_resampler_and_what_is_reported():
+    arms = {"similarity + resampler": np.array([1.0, 2, 3]), "random": np.array([2.0, 3, 4])}
+    reported = {36: {"all": 64.8, "similarity": 62.5}}
+    figure = draw_resampler({36: arms, 18: arms}, np.ones(3), reported, "TextVQA")
+    assert diamonds(figure.axes[0]) == [2, 3]
+    assert [bar.get_width() for bar in figure.axes[-1].patches] == [64.8, 62.5]
+
+
+def test_redundancy_is_drawn_with_the_paper_s():
+    values = np.array([[20.0, 30], [30, 40], [40, 50]])
+    axis = draw_redundancy([168, 336], {"crops": values}, [26.6, 55.8, 59.5]).axes[0]
+    assert axis.lines[0].get_ydata().tolist() == [30, 40]
+    assert list(axis.lines[-1].get_ydata()) == [26.6, 55.8]
+
+
+def test_documents_are_marked_where_tokens_are_alike():
+    pages = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    tokens = np.zeros(16, bool)
+    tokens[6] = True  # second crop, second row, left
+    figure = draw_documents(pages, [{"336 px": (2, tokens)}])
+    veil = figure.axes[1].images[-1].get_array()[..., 3]
+    assert np.argwhere(veil > 0).tolist() == [[1, 2]]
+    assert "6 %" in figure.axes[1].get_title()
+    assert isinstance(study.score_table({}), pd.DataFrame)
