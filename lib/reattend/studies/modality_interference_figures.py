@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reattend.plots import BASELINE, COLOURS, REPORTED, mean_point
 
+MOST_LETTERS = 150  # of a text above a picture; the rest of a paragraph is left out
 MODEL_COLOURS = {
     "base": COLOURS[3],
     "control": COLOURS[4],
@@ -83,8 +84,9 @@ def draw_conditions(
             there = reported.get(kind, {}).get(condition, ())
             axis.plot(there, [row + 0.45] * len(there), "x", color=REPORTED, ms=6, mew=2)
         axis.axvline(chance, color="black", lw=0.8, ls=":")
-        axis.set_title(kind)
-    axes[0].legend(loc="lower left", fontsize=8)
+        axis.set(title=kind, xlim=(0, 104))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
@@ -128,25 +130,26 @@ def draw_items(
     rows: Sequence[Sequence[tuple[Tensor, str, Mapping[str, tuple[str, bool]]]]],
     titles: Sequence[str],
 ) -> Figure:
-    """Items as rows, conditions as columns: the picture, the text, and what models answered.
+    """Items as rows, conditions as columns: the picture, the text (shortened), and what models answered.
 
     Args:
         rows: for each item its conditions as (pixels, text, model -> (answer, whether right)).
         titles: of the rows.
     """
     columns = max(len(row) for row in rows)
-    figure, axes = plt.subplots(len(rows), columns, figsize=(2.6 * columns, 3.5 * len(rows)))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(2.3 * columns, 3.9 * len(rows)))
     for row, title, line in zip(rows, titles, axes, strict=True):
         for axis in line:
             axis.axis("off")
         for axis, (pixels, text, answered) in zip(line, row, strict=False):
             axis.imshow(pixels.movedim(0, -1).numpy(), interpolation="nearest")
-            wrapped = "\n".join(textwrap.wrap(text, 34))
-            axis.set_title(wrapped, fontsize=6.5, fontweight="normal", loc="left")
+            whole = textwrap.shorten(text, MOST_LETTERS, placeholder=" ...")
+            wrapped = "\n".join(textwrap.wrap(whole, 36))
+            axis.set_title(wrapped, fontsize=7, fontweight="normal", loc="left")
             for number, (model, (answer, right)) in enumerate(answered.items()):
                 axis.text(
                     0,
-                    -0.04 - 0.09 * number,
+                    -0.03 - 0.1 * number,
                     f"{model}: {answer}",
                     transform=axis.transAxes,
                     va="top",
