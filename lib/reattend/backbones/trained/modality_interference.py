@@ -99,7 +99,7 @@ class Setting:
     size: int = 96
     pixels: int = 112
     layer: int = 10
-    grain: float = 1.0
+    grain: float = 0.5
     width: int = 96
     layers: int = 2
     heads: int = 4
@@ -115,7 +115,7 @@ class Setting:
     steps: int = 120
     rate: float = 1e-3
     radius: float = 0.1
-    attack_rate: float = 100.0
+    attack_rate: float = 20.0
     attack_steps: int = 1
     weight: float = 1.0
     seeds: int = 4
