@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -78,11 +78,19 @@ class Answers:
 
 
 @torch.no_grad()
-def answers(model: SmallVLM, asked: Sequences) -> Answers:
-    """Scores of the options of every sequence, at the place that predicts the answer."""
-    embeddings = model.embed(asked.pictures, asked.tokens)
-    logits = asked.reader(model)(embeddings)[:, -2].log_softmax(-1)
-    return Answers(logits.gather(1, asked.options), asked.right)
+def answers(model: SmallVLM, asked: Sequences, rows: int = 32) -> Answers:
+    """Scores of the options of every sequence, at the place that predicts the answer.
+
+    Args:
+        rows: computed together; with few of them the states stay in the processor's cache.
+    """
+    parts = []
+    for some in torch.arange(len(asked.tokens)).split(rows):
+        part = replace(asked, pictures=asked.pictures[some], tokens=asked.tokens[some])
+        embeddings = model.embed(part.pictures, part.tokens)
+        logits = part.reader(model)(embeddings)[:, -2].log_softmax(-1)
+        parts.append(logits.gather(1, asked.options[some]))
+    return Answers(torch.cat(parts), asked.right)
 
 
 # --- test items ----------------------------------------------------------------------------------

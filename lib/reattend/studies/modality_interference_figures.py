@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from reattend.plots import BASELINE, COLOURS, REPORTED, mean_point
@@ -143,6 +144,8 @@ def draw_items(
             axis.axis("off")
         for axis, (pixels, text, answered) in zip(line, row, strict=False):
             axis.imshow(pixels.movedim(0, -1).numpy(), interpolation="nearest")
+            sides = (0, 0), 1, 1
+            axis.add_patch(Rectangle(*sides, transform=axis.transAxes, fill=False, ec=REPORTED))
             whole = textwrap.shorten(text, MOST_LETTERS, placeholder=" ...")
             wrapped = "\n".join(textwrap.wrap(whole, 36))
             axis.set_title(wrapped, fontsize=7, fontweight="normal", loc="left")
