@@ -372,7 +372,7 @@ def test_with_an_attack_the_attacked_are_versions_too():
 
 
 def test_delta_cp_is_the_share_of_changed_decisions():
-    assert delta_cp(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 2, 2, 1])) == 0.5
+    assert delta_cp(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 2, 2, 3])) == 0.25
     with pytest.raises(ValueError, match="at least one item"):
         delta_cp(torch.tensor([], dtype=torch.long), torch.tensor([], dtype=torch.long))
 
@@ -405,8 +405,9 @@ def test_text_versions_keep_the_question_and_name_an_option():
         for s in range(40)
     }
     assert named == set(options)  # the right one included
-    told = text_versions("q", options, sentences, random.Random(0), depicted="bird")["misleading"]
-    assert told == "this picture seems to depict a bird . q"
+    for seed in range(9):
+        told = text_versions("q", options, sentences, random.Random(seed), depicted="bird")
+        assert told["misleading"] == "this picture seems to depict a bird . q"
 
 
 def test_picture_versions_are_noise_the_picture_black_and_white():
