@@ -37,7 +37,7 @@ from reattend.multimodal_llm.modality_interference import (
 )
 
 HEARSAY = "someone said that it could be a {} ."
-"""A misleading sentence in words that no training uses."""
+"""A misleading sentence in another wording than that of the training."""
 SEEN = {"image_heavy": ("unrelated", "misleading"), "text_heavy": ("real", "black", "white")}
 """Perturbations that training knows, by kind of item."""
 UNSEEN = {"image_heavy": ("other corpus", "hearsay"), "text_heavy": ("words", "screens")}
