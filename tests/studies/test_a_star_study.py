@@ -1,12 +1,14 @@
 """A-STAR's study: methods differ as they say, scales give equal updates, statistics follow their definitions."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from reattend.backbones.scene_judge import Judgement, SceneJudge
 from reattend.backbones.trained.t2i import SETTINGS, untrained
 from reattend.data.prompt_scenes import NOUN_AT, Prompts, paint, pair_prompts
+from reattend.generation.a_star import retention_loss, segregation_loss
 from reattend.studies import a_star as study
 from reattend.studies.a_star import LAYOUT, METHODS, VARIANTS, draw_steered, step_scales
 from reattend.studies.text_to_image import (
@@ -51,8 +53,35 @@ def test_chunks_change_nothing(bench):
     small = Bench(**(vars(bench) | {"chunk": 4}))
     torch.testing.assert_close(draw_plain(small).maps, draw_plain(bench).maps, atol=1e-5, rtol=0)
     for name in ("A-STAR", "Attend-and-Excite"):
-        both = [draw_steered(b, METHODS[name], 5.0).pictures for b in (bench, small)]
-        torch.testing.assert_close(*both, atol=1e-4, rtol=0)
+        one, other = (draw_steered(b, METHODS[name], 5.0, track=True) for b in (bench, small))
+        torch.testing.assert_close(one.pictures, other.pictures, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one.maps, other.maps, atol=1e-4, rtol=0)
+        assert one.passes == other.passes
+    assert draw_steered(small, METHODS["A-STAR"], 5.0).passes == 4
+    first = draw_steered(small, VARIANTS["first quarter of the steps"], 5.0, track=True)
+    assert first.passes == 1
+    assert first.maps.shape == (4, 6, 9, 6, 6)
+
+
+def test_some_of_what_was_drawn(bench):
+    plain, rows = draw_plain(bench), torch.tensor([4, 1])
+    some = plain.of(rows)
+    assert torch.equal(some.pictures, plain.pictures[rows])
+    assert torch.equal(some.maps, plain.maps[:, rows])
+
+
+def test_losses_are_those_of_the_paper_and_shapes_have_no_height():
+    maps = torch.rand(2, 2, 5, 5, generator=torch.Generator().manual_seed(0)).double()
+    masks = (maps > 0.6).double()
+    parts = segregation_loss(maps), retention_loss(maps, masks)
+    torch.testing.assert_close(study.both(maps, masks), sum(parts))
+    torch.testing.assert_close(study.both(maps, None), parts[0])
+    torch.testing.assert_close(study.retain(maps, masks), parts[1])
+    assert study.retain(maps, None).tolist() == [0, 0]
+    even = maps / maps.sum((-2, -1), keepdim=True)
+    for factor in (1.0, 0.01):
+        faint = maps * torch.tensor([1.0, factor]).double()[:, None, None]
+        torch.testing.assert_close(study.segregate_shapes(faint, None), segregation_loss(even))
 
 
 def test_scales_give_every_method_its_share_of_the_latent(bench):
@@ -113,7 +142,26 @@ def test_diary_keeps_the_captioned_half_of_every_pass(bench):
     torch.testing.assert_close(maps.sum(2), torch.ones(4, 6, 6, 6))
 
 
-# --- statistics ------------------------------------------------------------------------------------
+# --- tables and statistics ------------------------------------------------------------------------------------
+
+
+def test_means_of_a_method_are_shares_in_per_cent_and_log_odds():
+    columns = ["both", "both in their colours", "both, by rule", "both in their colours, by rule"]
+    frame = pd.DataFrame({c: [1.0] * k + [0.0] * (4 - k) for k, c in enumerate(columns)})
+    frame["surplus"], frame["category"] = 1.0, ["animal-object"] * 3 + ["object-object"]
+    frame["both"], frame["weaker"], frame["weaker pair"] = [1.0, 0, 0, 1], [1.0, 2, 3, 6], 9.0
+    table = study.means({"one": frame, "other": frame.iloc[:1]}, {"one": 7.0})
+    first, second = (row.to_dict() for _, row in table.iterrows())
+    assert first["both things"] == 50
+    assert first["both in their colours"] == 25
+    assert first["both, by rule"] == 50
+    assert first["both in their colours, by rule"] == 75
+    assert first["more than asked"] == 100
+    assert first["weaker thing, log-odds"] == 3
+    assert first["both, animal-object"] == pytest.approx(100 / 3)
+    assert first["both, object-object"] == 100
+    assert [first["passes with gradient"], second["passes with gradient"]] == [7, 0]
+    assert second["both things"] == 100
 
 
 def test_mean_placement_of_the_failed_is_the_area_under_the_curve():
