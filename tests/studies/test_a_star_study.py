@@ -178,6 +178,11 @@ def test_decay_gap_is_zero_for_like_things_and_negative_for_one_that_fades():
     assert start.tolist() == [0, 0]
     change, _ = study.decay_gap(peaks, np.array([0, 1]), slice(0, 2), slice(4, None))
     assert change.tolist() == pytest.approx([0.3, 0.0])
+    low = peaks.copy()
+    low[:, 0, 1] -= 0.1  # low from the start, and fading by .3 as before
+    change, start = study.decay_gap(low, np.array([1, 0]), slice(0, 2), slice(4, None))
+    assert change.tolist() == pytest.approx([-0.3, 0.0])
+    assert start.tolist() == pytest.approx([-0.1, 0.0])
     parts = study.split_peaks(peaks, np.array([1, 0]))
     assert parts["the missing thing"][5].tolist() == [0.2, 0.5]
     assert parts["the present thing"][5].tolist() == [0.5, 0.5]
@@ -205,6 +210,23 @@ def test_retention_by_step_compares_with_the_step_before():
     assert lost.tolist() == [[1.0], [1.0]]  # one half for each concept
     maps[2, 0, NOUN_AT[0]] = maps[2, 0, NOUN_AT[0]].T.flip(0)
     assert study.retention_by_step(maps, torch.tensor([NOUN_AT]))[1, 0] > 1.2
+
+
+def test_overlaps_peaks_and_retention_are_of_each_step_and_picture():
+    maps = torch.rand(3, 2, 9, 6, 6, generator=torch.Generator().manual_seed(0))
+    concepts = torch.tensor([[3, 7], [7, 3]])
+    shared, peaks = study.overlaps(maps, (3, 7)), study.peaks(maps, concepts)
+    lost = study.retention_by_step(maps, concepts)
+    for step in range(3):
+        for picture in range(2):
+            one, other = (maps[step, picture, at] for at in concepts[picture])
+            expected = torch.minimum(one, other).sum() / (one + other).sum()
+            assert shared[step, picture] == pytest.approx(expected.item(), rel=1e-6)
+            assert peaks[step, picture].tolist() == [one.max().item(), other.max().item()]
+    for step in (1, 2):
+        now, before = (study.of_concepts(maps[s], concepts) for s in (step, step - 1))
+        expected = retention_loss(now, study.active_regions(before))
+        assert lost[step - 1].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 class Told(SceneJudge):
@@ -260,3 +282,5 @@ def test_order_is_read_off_the_picture_by_rule():
         scenes.pixels[apart], Prompts(prompts.colours[apart], prompts.nouns[apart])
     )
     assert found.tolist() == left[apart].tolist()
+    lacking = Prompts(torch.tensor([[0, 1]]).repeat(20, 1), torch.tensor([[2, 5]]).repeat(20, 1))
+    assert study.ordered(scenes.pixels, lacking).size < 10  # few pictures hold what was not painted
