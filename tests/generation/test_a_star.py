@@ -13,14 +13,12 @@ from reattend.generation.a_star import (
     excitement_loss,
     half_height_regions,
     of_concepts,
-    otsu_threshold,
-    overlap,
     processed_maps,
     retention_loss,
     segregation_loss,
-    smoothed,
     step_sizes,
 )
+from reattend.generation.word_maps import smooth
 from reattend.trunks.diffusion import DiffusionShape, DiffusionUNet, MapRecorder, sample
 
 IDS = torch.tensor([[1, 4, 7, 2, 0], [1, 5, 6, 8, 2], [1, 9, 3, 2, 0]])
@@ -64,17 +62,6 @@ def everything(maps, masks):
 
 
 # --- segregation -----------------------------------------------------------------------------------
-
-
-def test_overlap_of_equal_maps_is_one_half_and_of_disjoint_ones_nothing():
-    maps = random_maps()
-    half = torch.full((3, 2), 0.5).double()
-    torch.testing.assert_close(overlap(maps, maps), half)
-    torch.testing.assert_close(overlap(maps, maps * 3), half * 0.5)  # 1 / (1 + 3)
-    left, right = maps.clone(), maps.clone()
-    left[..., 2:], right[..., :2] = 0, 0
-    assert (overlap(left, right) == 0).all()
-    torch.testing.assert_close(overlap(maps, maps.flip(1)), overlap(maps.flip(1), maps))
 
 
 def test_segregation_is_the_sum_over_unordered_pairs():
@@ -134,21 +121,6 @@ def test_excitement_is_what_the_weakest_concept_lacks():
     assert (excitement_loss(2 + maps) == 0).all()
 
 
-def test_smoothing_has_the_weights_of_the_published_code():
-    """A unit at the centre, a corner and an edge; line weights .2119, .5761, .2119 of that code."""
-    line = torch.tensor([0.21194156, 0.57611688, 0.21194156]).double()
-    spot = torch.zeros(1, 1, 5, 5).double()
-    spot[..., 2, 2] = 1
-    torch.testing.assert_close(
-        smoothed(spot)[0, 0, 1:4, 1:4], torch.outer(line, line), atol=1e-7, rtol=0
-    )
-    corner = torch.zeros(1, 1, 5, 5).double()
-    corner[..., 1, 1] = 1  # reflected at both borders, and read twice at the corner
-    assert smoothed(corner)[0, 0, 0, 0].item() == pytest.approx(4 * 0.21194156**2, abs=1e-6)
-    flat = torch.full((2, 3, 6, 6), 0.3).double()
-    torch.testing.assert_close(smoothed(flat), flat)
-
-
 # --- maps ------------------------------------------------------------------------------------------
 
 
@@ -161,7 +133,7 @@ def test_processed_maps_of_words_sum_to_one_and_others_are_empty():
     torch.testing.assert_close(maps.sum(1), torch.ones(3, 3, 3).double())
     assert (maps[~WORDS] == 0).all()
     raw = weights[1, :, 2] / weights[1, :, 1:4].sum(-1)
-    torch.testing.assert_close(maps[1, 2], smoothed(raw.view(1, 1, 3, 3))[0, 0])
+    torch.testing.assert_close(maps[1, 2], smooth(raw.view(1, 1, 3, 3))[0, 0])
 
 
 def test_concepts_are_picked_by_position_in_each_caption():
@@ -172,25 +144,6 @@ def test_concepts_are_picked_by_position_in_each_caption():
 
 
 # --- regions ---------------------------------------------------------------------------------------
-
-
-def brute_otsu(values: np.ndarray) -> float:
-    best, threshold = -1.0, 0.0
-    for candidate in sorted(values)[:-1]:
-        low, high = values[values <= candidate], values[values > candidate]
-        if len(high) == 0:
-            continue
-        between = len(low) * len(high) * (high.mean() - low.mean()) ** 2
-        if between > best:
-            best, threshold = between, candidate
-    return threshold
-
-
-def test_otsu_splits_where_trying_every_value_does():
-    values = random_maps(4, 3, 5, seed=2).flatten(2) ** 3
-    found = otsu_threshold(values)
-    for row, threshold in zip(values.flatten(0, 1), found.flatten(), strict=True):
-        assert threshold.item() == pytest.approx(brute_otsu(row.numpy()))
 
 
 def test_active_region_is_the_component_of_the_peak_through_edges_only():
@@ -315,6 +268,9 @@ def test_refinement_goes_on_until_the_peak_is_reached_or_the_patience_is_spent()
     hasty = updates(model, excite, (2.0,), refine={0: 9.9}, most=3)
     hasty(0, z, time, text)
     assert hasty.passes == 3 * 3 + 3
+    idle = updates(model, excite, (0.0,), refine={0: 9.9}, most=3)
+    idle(0, z, time, text)
+    assert idle.passes == 3 * 3  # a step of size zero takes no gradient
     none = updates(model, excite, (2.0,), refine={0: 0.0}, most=3)
     assert torch.equal(none._refined(0, z, time, text), z)
 

@@ -1,6 +1,5 @@
 """Oracles of OptiPrune: closed forms, plain loops, PyTorch's Adam, numbers of the released code of its two parts."""
 
-import math
 from itertools import pairwise
 
 import pytest
@@ -23,14 +22,12 @@ from reattend.generation.optiprune import (
     latent_mapper,
     neglect,
     optimise,
-    otsu_threshold,
-    overlap,
     patches,
     selection_multiply_adds,
-    smooth,
     stray,
     typicality,
 )
+from reattend.generation.word_maps import smooth
 from reattend.trunks.diffusion import DiffusionShape, DiffusionUNet
 
 SEEDS = (0, 1, 2)
@@ -89,32 +86,12 @@ def test_scores_are_those_of_initno_s_released_code(side, concepts, scale, loss,
     assert counted.item() == pytest.approx(own, abs=2e-7)
 
 
-@pytest.mark.parametrize("side", [5, 6])
-def test_smoothing_keeps_constants_and_spreads_a_point_by_its_weights(side):
-    assert torch.allclose(smooth(torch.full((2, side, side), 0.3)), torch.tensor(0.3))
-    point = torch.zeros(side, side, dtype=torch.float64)
-    point[2, 2] = 1
-    spread = smooth(point)
-    total = (1 + 2 / math.e) ** 2
-    assert spread[2, 2].item() == pytest.approx(1 / total, abs=1e-12)
-    assert spread[1, 2].item() == pytest.approx(math.exp(-1) / total, abs=1e-12)
-    assert spread[3, 3].item() == pytest.approx(math.exp(-2) / total, abs=1e-12)
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_neglect_is_that_of_the_weakest_concept_in_any_order(seed):
     maps = random_maps(seed, concepts=3)
     expected = [1 - min(m.max().item() for m in row) for row in maps]
     assert neglect(maps).tolist() == pytest.approx(expected, abs=1e-12)
     assert torch.equal(neglect(maps), neglect(maps[:, [2, 0, 1]]))
-
-
-def test_overlap_is_a_half_for_equal_maps_and_nothing_for_disjoint_ones():
-    maps = torch.rand(2, 36, generator=generator(0), dtype=torch.float64)
-    assert torch.allclose(overlap(maps, maps), torch.tensor(0.5, dtype=torch.float64), atol=1e-6)
-    left = maps * (torch.arange(36) < 18)
-    assert overlap(left, maps - left).tolist() == [0, 0]
-    assert torch.equal(overlap(left, maps), overlap(maps, left))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -137,22 +114,6 @@ def test_conflict_of_one_peak_is_a_half_and_a_single_concept_has_none():
     )
     with pytest.raises(ValueError, match="two concepts"):
         conflict(maps[:, :1], seen)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_otsu_has_the_largest_variance_between_both_sides(seed):
-    values = random_maps(seed, batch=1, concepts=1, side=9)[0, 0]
-    levels = (values * 255).long().flatten().double()
-    variances = []
-    for threshold in range(256):
-        low, high = levels[levels <= threshold], levels[levels > threshold]
-        if len(low) and len(high):
-            variances.append(len(low) * len(high) * (low.mean() - high.mean()) ** 2)
-        else:
-            variances.append(torch.tensor(0.0))
-    found = round(otsu_threshold(values).item() * 255)
-    assert variances[found] == pytest.approx(max(variances).item(), rel=1e-9)
-    assert otsu_threshold(torch.full((4, 4), 0.7)).item() == 0
 
 
 def test_foreground_hangs_together_with_the_peak_by_sides_not_corners():

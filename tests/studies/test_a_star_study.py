@@ -1,12 +1,14 @@
 """A-STAR's study: methods differ as they say, scales give equal updates, statistics follow their definitions."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from reattend.backbones.scene_judge import Judgement, SceneJudge
 from reattend.backbones.trained.t2i import SETTINGS, untrained
 from reattend.data.prompt_scenes import NOUN_AT, Prompts, paint, pair_prompts
+from reattend.generation.a_star import retention_loss, segregation_loss
 from reattend.studies import a_star as study
 from reattend.studies.a_star import LAYOUT, METHODS, VARIANTS, draw_steered, step_scales
 from reattend.studies.text_to_image import (
@@ -44,15 +46,42 @@ def test_plain_maps_are_those_that_updates_of_size_zero_see(bench):
     torch.testing.assert_close(still.pictures, plain.pictures, atol=1e-5, rtol=0)
     torch.testing.assert_close(still.maps, plain.maps, atol=1e-5, rtol=0)
     assert plain.maps.shape == (4, 6, 9, 6, 6)
-    assert still.passes == 4
+    assert still.passes == 0
 
 
 def test_chunks_change_nothing(bench):
     small = Bench(**(vars(bench) | {"chunk": 4}))
     torch.testing.assert_close(draw_plain(small).maps, draw_plain(bench).maps, atol=1e-5, rtol=0)
     for name in ("A-STAR", "Attend-and-Excite"):
-        both = [draw_steered(b, METHODS[name], 5.0).pictures for b in (bench, small)]
-        torch.testing.assert_close(*both, atol=1e-4, rtol=0)
+        one, other = (draw_steered(b, METHODS[name], 5.0, track=True) for b in (bench, small))
+        torch.testing.assert_close(one.pictures, other.pictures, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one.maps, other.maps, atol=1e-4, rtol=0)
+        assert one.passes == other.passes
+    assert draw_steered(small, METHODS["A-STAR"], 5.0).passes == 4
+    first = draw_steered(small, VARIANTS["first quarter of the steps"], 5.0, track=True)
+    assert first.passes == 1
+    assert first.maps.shape == (4, 6, 9, 6, 6)
+
+
+def test_some_of_what_was_drawn(bench):
+    plain, rows = draw_plain(bench), torch.tensor([4, 1])
+    some = plain.of(rows)
+    assert torch.equal(some.pictures, plain.pictures[rows])
+    assert torch.equal(some.maps, plain.maps[:, rows])
+
+
+def test_losses_are_those_of_the_paper_and_shapes_have_no_height():
+    maps = torch.rand(2, 2, 5, 5, generator=torch.Generator().manual_seed(0)).double()
+    masks = (maps > 0.6).double()
+    parts = segregation_loss(maps), retention_loss(maps, masks)
+    torch.testing.assert_close(study.both(maps, masks), sum(parts))
+    torch.testing.assert_close(study.both(maps, None), parts[0])
+    torch.testing.assert_close(study.retain(maps, masks), parts[1])
+    assert study.retain(maps, None).tolist() == [0, 0]
+    even = maps / maps.sum((-2, -1), keepdim=True)
+    for factor in (1.0, 0.01):
+        faint = maps * torch.tensor([1.0, factor]).double()[:, None, None]
+        torch.testing.assert_close(study.segregate_shapes(faint, None), segregation_loss(even))
 
 
 def test_scales_give_every_method_its_share_of_the_latent(bench):
@@ -113,7 +142,26 @@ def test_diary_keeps_the_captioned_half_of_every_pass(bench):
     torch.testing.assert_close(maps.sum(2), torch.ones(4, 6, 6, 6))
 
 
-# --- statistics ------------------------------------------------------------------------------------
+# --- tables and statistics ------------------------------------------------------------------------------------
+
+
+def test_means_of_a_method_are_shares_in_per_cent_and_log_odds():
+    columns = ["both", "both in their colours", "both, by rule", "both in their colours, by rule"]
+    frame = pd.DataFrame({c: [1.0] * k + [0.0] * (4 - k) for k, c in enumerate(columns)})
+    frame["surplus"], frame["category"] = 1.0, ["animal-object"] * 3 + ["object-object"]
+    frame["both"], frame["weaker"], frame["weaker pair"] = [1.0, 0, 0, 1], [1.0, 2, 3, 6], 9.0
+    table = study.means({"one": frame, "other": frame.iloc[:1]}, {"one": 7.0})
+    first, second = (row.to_dict() for _, row in table.iterrows())
+    assert first["both things"] == 50
+    assert first["both in their colours"] == 25
+    assert first["both, by rule"] == 50
+    assert first["both in their colours, by rule"] == 75
+    assert first["more than asked"] == 100
+    assert first["weaker thing, log-odds"] == 3
+    assert first["both, animal-object"] == pytest.approx(100 / 3)
+    assert first["both, object-object"] == 100
+    assert [first["passes with gradient"], second["passes with gradient"]] == [7, 0]
+    assert second["both things"] == 100
 
 
 def test_mean_placement_of_the_failed_is_the_area_under_the_curve():
@@ -130,6 +178,11 @@ def test_decay_gap_is_zero_for_like_things_and_negative_for_one_that_fades():
     assert start.tolist() == [0, 0]
     change, _ = study.decay_gap(peaks, np.array([0, 1]), slice(0, 2), slice(4, None))
     assert change.tolist() == pytest.approx([0.3, 0.0])
+    low = peaks.copy()
+    low[:, 0, 1] -= 0.1  # low from the start, and fading by .3 as before
+    change, start = study.decay_gap(low, np.array([1, 0]), slice(0, 2), slice(4, None))
+    assert change.tolist() == pytest.approx([-0.3, 0.0])
+    assert start.tolist() == pytest.approx([-0.1, 0.0])
     parts = study.split_peaks(peaks, np.array([1, 0]))
     assert parts["the missing thing"][5].tolist() == [0.2, 0.5]
     assert parts["the present thing"][5].tolist() == [0.5, 0.5]
@@ -157,6 +210,23 @@ def test_retention_by_step_compares_with_the_step_before():
     assert lost.tolist() == [[1.0], [1.0]]  # one half for each concept
     maps[2, 0, NOUN_AT[0]] = maps[2, 0, NOUN_AT[0]].T.flip(0)
     assert study.retention_by_step(maps, torch.tensor([NOUN_AT]))[1, 0] > 1.2
+
+
+def test_overlaps_peaks_and_retention_are_of_each_step_and_picture():
+    maps = torch.rand(3, 2, 9, 6, 6, generator=torch.Generator().manual_seed(0))
+    concepts = torch.tensor([[3, 7], [7, 3]])
+    shared, peaks = study.overlaps(maps, (3, 7)), study.peaks(maps, concepts)
+    lost = study.retention_by_step(maps, concepts)
+    for step in range(3):
+        for picture in range(2):
+            one, other = (maps[step, picture, at] for at in concepts[picture])
+            expected = torch.minimum(one, other).sum() / (one + other).sum()
+            assert shared[step, picture] == pytest.approx(expected.item(), rel=1e-6)
+            assert peaks[step, picture].tolist() == [one.max().item(), other.max().item()]
+    for step in (1, 2):
+        now, before = (study.of_concepts(maps[s], concepts) for s in (step, step - 1))
+        expected = retention_loss(now, study.active_regions(before))
+        assert lost[step - 1].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 class Told(SceneJudge):
@@ -212,3 +282,5 @@ def test_order_is_read_off_the_picture_by_rule():
         scenes.pixels[apart], Prompts(prompts.colours[apart], prompts.nouns[apart])
     )
     assert found.tolist() == left[apart].tolist()
+    lacking = Prompts(torch.tensor([[0, 1]]).repeat(20, 1), torch.tensor([[2, 5]]).repeat(20, 1))
+    assert study.ordered(scenes.pixels, lacking).size < 10  # few pictures hold what was not painted

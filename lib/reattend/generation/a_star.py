@@ -13,14 +13,15 @@ any model of `reattend.trunks.diffusion`; each sample of a batch has a loss of i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
-from reattend.trunks.diffusion import DiffusionUNet, EncodedText, MapRecorder
+from reattend.generation.word_maps import joined_to_peak, otsu_threshold, overlap, smooth
+from reattend.trunks.diffusion import AttentionHooks, DiffusionUNet, EncodedText, Kind, MapRecorder
 
 Loss = Callable[[Float[Tensor, "batch concepts rows columns"], Tensor | None], Tensor]
 """From the concepts' maps and the masks of the step before (None at the first) to one number a sample."""
@@ -40,20 +41,7 @@ def processed_maps(
     kept = weights * words[:, None, :]
     shares = kept / kept.sum(-1, keepdim=True).clamp(min=1e-9)
     side = round(weights.shape[1] ** 0.5)
-    return smoothed(shares.transpose(1, 2).unflatten(-1, (side, side)))
-
-
-def smoothed(
-    maps: Float[Tensor, "batch tokens rows columns"], deviation: float = 0.5**0.5
-) -> Float[Tensor, "batch tokens rows columns"]:
-    """3 x 3 Gaussian with reflected borders.
-
-    Attend-and-Excite's code calls its smoothing one of s.d. .5, but its exponent is (x / 2 s)^2: .71.
-    """
-    line = torch.exp(-torch.tensor([1.0, 0.0, 1.0]) / (2 * deviation**2)).to(maps)
-    kernel = torch.outer(line, line) / line.sum() ** 2
-    padded = F.pad(maps.flatten(0, 1)[:, None], (1, 1, 1, 1), "reflect")
-    return F.conv2d(padded, kernel[None, None])[:, 0].unflatten(0, maps.shape[:2])
+    return smooth(shares.transpose(1, 2).unflatten(-1, (side, side)))
 
 
 def of_concepts(
@@ -66,18 +54,13 @@ def of_concepts(
 # --- losses ----------------------------------------------------------------------------------------
 
 
-def overlap(
-    first: Float[Tensor, "*batch rows columns"], second: Float[Tensor, "*batch rows columns"]
-) -> Float[Tensor, "*batch"]:
-    """sum min(A, B) / sum (A + B): the paper's "IoU"; one half for equal maps, 0 for disjoint ones."""
-    shared = torch.minimum(first, second).sum((-2, -1))
-    return shared / (first + second).sum((-2, -1)).clamp(min=1e-9)
-
-
 def segregation_loss(
     maps: Float[Tensor, "batch concepts rows columns"],
 ) -> Float[Tensor, " batch"]:
-    """Eq. 2: the sum of the overlaps of all pairs of concepts; 0 for a single one."""
+    """Eq. 2: the sum of the overlaps of all pairs of concepts; 0 for a single one.
+
+    The overlap is what the paper calls "IoU": one half for equal maps.
+    """
     one, other = torch.triu_indices(maps.shape[1], maps.shape[1], 1)
     return overlap(maps[:, one], maps[:, other]).sum(1)
 
@@ -111,7 +94,7 @@ def active_regions(
     """1 where a map lies above its Otsu threshold and hangs together with its peak, else 0; no gradient."""
     maps = maps.detach()
     above = maps > otsu_threshold(maps.flatten(-2))[..., None, None]
-    return _with_peak(maps, above).to(maps)
+    return joined_to_peak(maps, above).to(maps)
 
 
 def half_height_regions(
@@ -122,35 +105,11 @@ def half_height_regions(
     return (maps >= 0.5 * maps.amax((-2, -1), keepdim=True)).to(maps)
 
 
-def otsu_threshold(values: Float[Tensor, "*batch items"]) -> Float[Tensor, "*batch"]:
-    """The value that splits a set into "at most" and "above" with the largest variance between the two."""
-    ordered = values.sort(-1).values
-    count = values.shape[-1]
-    below = torch.arange(1, count).to(values)
-    running = ordered.cumsum(-1)
-    low = running[..., :-1] / below
-    high = (running[..., -1:] - running[..., :-1]) / (count - below)
-    between = below * (count - below) * (high - low).square()
-    return ordered.gather(-1, between.argmax(-1, keepdim=True))[..., 0]
-
-
-def _with_peak(
-    maps: Float[Tensor, "batch concepts rows columns"],
-    above: Bool[Tensor, "batch concepts rows columns"],
-) -> Bool[Tensor, "batch concepts rows columns"]:
-    """The 4-connected component of `above` that holds each map's highest place."""
-    reached = F.one_hot(maps.flatten(-2).argmax(-1), maps[0, 0].numel()).bool().view_as(maps)
-    while True:
-        padded = F.pad(reached, (1, 1, 1, 1))
-        spread = padded[..., :-2, 1:-1] | padded[..., 2:, 1:-1]
-        spread |= padded[..., 1:-1, :-2] | padded[..., 1:-1, 2:]
-        grown = reached | (spread & above)
-        if torch.equal(grown, reached):
-            return reached
-        reached = grown
-
-
 # --- updates during sampling -----------------------------------------------------------------------
+
+
+class _AllSeenError(Exception):
+    """Ends a pass through the UNet whose output nobody reads."""
 
 
 @dataclass
@@ -198,13 +157,33 @@ class LatentUpdates:
             self.history.clear()
         if step in self.refine:
             latent = self._refined(step, latent, time, text)
-        gradient, maps = self._gradient(latent, time, text, self._masks)
+        if self.sizes[step] == 0:
+            maps = self._maps(latent, time, text)
+        else:
+            gradient, maps = self._gradient(latent, time, text, self._masks)
+            latent = latent - self.sizes[step] * gradient
         if self.track:
             self.history.append(maps)
         if self.regions is not None:
             masks = self.regions(of_concepts(maps, self.concepts))
             self._masks = masks if self.lenders is None else masks[self.lenders]
-        return latent if self.sizes[step] == 0 else latent - self.sizes[step] * gradient
+        return latent
+
+    def _maps(
+        self, latent: Tensor, time: Tensor, text: EncodedText, rows: Tensor | slice = slice(None)
+    ) -> Tensor:
+        """Maps of all tokens; what the UNet does after the last of the blocks is left out."""
+        recorder = MapRecorder(("cross",), self.blocks)
+        last = [name for name in self.model.blocks if name in self.blocks][-1]
+
+        def keep(block: str, kind: Kind, weights: Tensor) -> None:
+            recorder.hooks.on_map(block, kind, weights)
+            if (block, kind) == (last, "cross"):
+                raise _AllSeenError
+
+        with suppress(_AllSeenError):
+            self.model(latent, time, text, AttentionHooks(on_map=keep))
+        return processed_maps(recorder.mean("cross"), self.words[rows])
 
     def _gradient(
         self,
@@ -215,12 +194,10 @@ class LatentUpdates:
         rows: Tensor | slice = slice(None),
     ) -> tuple[Tensor, Tensor]:
         """Gradient of each sample's loss to its latent, and the maps of all tokens."""
-        recorder = MapRecorder(("cross",), self.blocks)
         self.passes += len(latent)
         with torch.enable_grad():
             moving = latent.detach().requires_grad_()
-            self.model(moving, time, text, recorder.hooks)
-            maps = processed_maps(recorder.mean("cross"), self.words[rows])
+            maps = self._maps(moving, time, text, rows)
             total = self.loss(of_concepts(maps, self.concepts[rows]), masks).sum()
             if not total.requires_grad:  # a loss that reads nothing of the latent
                 return torch.zeros_like(latent), maps.detach()

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from reattend.generation.word_maps import joined_to_peak, otsu_threshold, overlap, smooth
 from reattend.trunks.diffusion import AttentionHooks, Kind, Reduction
 
 Maps = Float[Tensor, "batch concepts side side"]
@@ -37,33 +38,15 @@ LEVELS = 256
 # Scores of a noise ----------------------------------------------------------------------------------
 
 
-def smooth(maps: Float[Tensor, "*lead side side"]) -> Float[Tensor, "*lead side side"]:
-    """3 x 3 weights exp(-distance^2), brought to sum 1, with mirrored borders.
-
-    This is the released "Gaussian of sigma .5": its exponent is (distance / 2 sigma)^2.
-    """
-    line = torch.exp(-torch.tensor([1.0, 0.0, 1.0], dtype=maps.dtype, device=maps.device))
-    kernel = torch.outer(line, line) / line.sum() ** 2
-    flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    return F.conv2d(F.pad(flat, (1, 1, 1, 1), "reflect"), kernel[None, None]).reshape(maps.shape)
-
-
 def neglect(maps: Maps) -> Float[Tensor, " batch"]:
     """S_cross = 1 - min over concepts of the maximum of their cross-attention map."""
     return 1 - maps.flatten(2).amax(-1).amin(-1)
 
 
-def overlap(
-    first: Float[Tensor, "batch positions"], second: Float[Tensor, "batch positions"]
-) -> Float[Tensor, " batch"]:
-    """f = sum min(a, b) / sum (a + b): .5 for equal maps, 0 for maps without a common position."""
-    return torch.minimum(first, second).sum(-1) / ((first + second).sum(-1) + 1e-6)
-
-
 def conflict(
     maps: Maps, self_maps: Float[Tensor, "batch positions positions"]
 ) -> Float[Tensor, " batch"]:
-    """S_self: mean over pairs of concepts of the overlap of the smoothed self-attention maps at their peaks.
+    """S_self: mean over pairs of concepts of f, the overlap of the smoothed self-attention maps at their peaks.
 
     Args:
         maps: cross-attention; only the places of their maxima count, which carry no gradient.
@@ -77,42 +60,21 @@ def conflict(
         raise ValueError("conflict needs two concepts or more; score a single one by neglect alone")
     peaks = maps.flatten(2).argmax(-1)
     rows = self_maps.gather(1, peaks[..., None].expand(-1, -1, side**2))
-    seen = smooth(rows.reshape(batch, concepts, side, side)).flatten(2)
+    seen = smooth(rows.reshape(batch, concepts, side, side))
     pairs = combinations(range(concepts), 2)
-    return torch.stack([overlap(seen[:, i], seen[:, j]) for i, j in pairs]).mean(0)
-
-
-def otsu_threshold(maps: Float[Tensor, "*lead side side"]) -> Float[Tensor, "*lead"]:
-    """Threshold in [0, 1] that parts a map's 256 grey levels with the largest variance between both sides.
-
-    The lowest of equal thresholds. Values are at most 1; a map of one level has its threshold at 0, as in
-    OpenCV.
-    """
-    levels = (maps * (LEVELS - 1)).long().flatten(-2)
-    counts = F.one_hot(levels, LEVELS).sum(-2).double()
-    share = counts / counts.sum(-1, keepdim=True)
-    below = share.cumsum(-1)
-    moment = (share * torch.arange(LEVELS, device=maps.device)).cumsum(-1)
-    whole = moment[..., -1:]
-    between = (whole * below - moment) ** 2 / (below * (1 - below)).clamp_min(1e-12)
-    between = between.where((below > 1e-9) & (below < 1 - 1e-9), torch.zeros_like(between))
-    return (between.argmax(-1) / (LEVELS - 1)).to(maps.dtype)
+    return torch.stack([overlap(seen[:, i], seen[:, j], 1e-6) for i, j in pairs]).mean(0)
 
 
 @torch.no_grad()
 def foreground(maps: Maps) -> Bool[Tensor, "batch concepts side side"]:
-    """Positions above Otsu's threshold that hang together (4 neighbours) with the map's maximum."""
-    above = maps >= otsu_threshold(maps)[..., None, None]
-    peaks = F.one_hot(maps.flatten(2).argmax(-1), maps.shape[-1] ** 2).reshape(maps.shape).bool()
-    found = peaks & above
-    while True:
-        padded = F.pad(found, (1, 1, 1, 1))
-        beside = padded[..., :-2, 1:-1] | padded[..., 2:, 1:-1]
-        beside = beside | padded[..., 1:-1, :-2] | padded[..., 1:-1, 2:]
-        grown = (found | beside) & above
-        if torch.equal(grown, found):
-            return found
-        found = grown
+    """Positions at or above Otsu's threshold that hang together (4 neighbours) with the map's maximum.
+
+    As in the released code, by way of OpenCV, the threshold is one of 256 grey levels and its own level counts
+    as above. Values are at most 1.
+    """
+    levels = (maps * (LEVELS - 1)).long().double()
+    threshold = (otsu_threshold(levels.flatten(-2)) / (LEVELS - 1)).to(maps.dtype)
+    return joined_to_peak(maps, maps >= threshold[..., None, None])
 
 
 def stray(maps: Maps) -> Float[Tensor, " batch"]:

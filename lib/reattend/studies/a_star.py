@@ -24,15 +24,12 @@ from reattend.generation.a_star import (
     excitement_loss,
     half_height_regions,
     of_concepts,
-    overlap,
     retention_loss,
     segregation_loss,
     step_sizes,
 )
+from reattend.generation.word_maps import overlap
 from reattend.studies.text_to_image import Bench, Drawn
-
-FUNCTION_WORDS_AT = (1, 4)
-"""Positions of the first "a" and of "and"."""
 
 FUNCTION_WORDS_AT = (1, 4)
 """Positions of the first "a" and of "and"."""
@@ -114,6 +111,8 @@ METHODS = {
     "borrowed masks": Method(retain, regions=active_regions, borrowed=True),
 }
 """The paper's rows in its order, and two placebos: A-STAR on "a" and "and", L_ret with another picture's masks."""
+EVERY_NOISE = ("Attend-and-Excite", "A-STAR")
+"""The methods whose difference is small beside its spread: drawn from all noises of a prompt."""
 
 
 def halves(maps: Tensor) -> Tensor:
