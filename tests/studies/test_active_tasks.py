@@ -4,15 +4,19 @@ import math
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from reattend.studies.active_tasks import (
     INSTANCES,
+    RELEVANCE,
     Costs,
     PictureTasks,
     SyntheticSetting,
     SyntheticTasks,
+    gains_table,
+    wins,
 )
 from reattend.theory.a_mtrl import CORRUPTIONS, block_heads, bound_constants
 
@@ -124,3 +128,31 @@ def test_shares_of_relevance_add_up_and_leave_out_the_targets_corruption():
     assert by_kind[5, 1] == 100
     assert (by_class[:, 1] == 100).all()
     assert math.isclose(by_class.sum(), 200)
+
+
+def test_tables_of_risk_and_support_are_means_over_repetitions():
+    made = tasks(0)
+    table = made.risks_table(INSTANCES[:2], TOTALS)
+    assert len(table) == 2 * len(RELEVANCE)
+    row = table.set_index(["instance", "method"]).loc["blocks", "L2-A-MTRL"]
+    assert row["relevance"] == "estimated"
+    assert row["N = 3600"] == pytest.approx(1000 * made.risk["blocks", 3600, "L2-A-MTRL"].mean())
+    part = 1000 * made.error["blocks", 3600, "L2-A-MTRL"].mean()
+    assert row["representation only"] == pytest.approx(part)
+    precision, recall, size = made.support_shares("blocks", TOTALS)
+    row = made.supports_table(["blocks"], TOTALS).iloc[0]
+    assert row["k"] == 3
+    assert row.tolist()[2:] == pytest.approx([size, precision.mean(), recall.mean()])
+
+
+def test_gains_count_ties_as_half_and_stand_above_the_papers():
+    ours, other = np.array([[10.0, 20.0], [10.0, 40.0]]), np.array([[20.0, 20.0], [5.0, 55.0]])
+    assert wins(ours, other).tolist() == [[100, 50], [0, 100]]
+    reported = pd.DataFrame(
+        [("L1 over passive", 80.0, 7.5)], columns=["comparison", "targets_won", "error_saved"]
+    )
+    table = gains_table({"ours": ours, "other": other}, "ours", reported).set_index("method")
+    assert table["error (%)"].tolist()[:2] == [20, 25]
+    assert table.loc["other"].tolist() == pytest.approx([25, 20, 30, 62.5, 20])
+    assert table.loc["ours"].isna().tolist() == [False] * 3 + [True] * 2
+    assert table.loc["reported: L1 over passive"].tolist()[3:] == [80, 7.5]

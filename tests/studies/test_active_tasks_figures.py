@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from reattend.studies.active_tasks_figures import (
+    draw_corruptions,
     draw_cost,
     draw_error,
     draw_example,
@@ -80,3 +81,10 @@ def test_relatedness_scales_each_method_by_itself():
 def test_separation_is_that_of_the_closed_forms():
     line = draw_separation(100).axes[0].lines[0]
     assert line.get_ydata()[-1] == pytest.approx(100**2 / 199)
+
+
+def test_corruptions_are_squares_under_their_names():
+    pictures = [torch.arange(16.0) / 16, torch.zeros(16)]
+    axes = draw_corruptions(pictures, ["none", "dark"]).axes
+    assert [axis.get_title() for axis in axes] == ["none", "dark"]
+    assert axes[0].images[0].get_array()[1].tolist() == [0.25, 0.3125, 0.375, 0.4375]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from reattend.backbones.trained.dmt_jepa import JepaModels
 from reattend.data.scenes import make_scenes
 from reattend.studies.dmt_jepa import (
     GRID,
@@ -15,6 +16,8 @@ from reattend.studies.dmt_jepa import (
     SCENES,
     SIZE,
     PatchScenes,
+    TargetScores,
+    arms_table,
     between_share,
     boundary_patches,
     by_direction,
@@ -29,6 +32,7 @@ from reattend.studies.dmt_jepa import (
     mean_cosine,
     measure_targets,
     neighbour_accuracy,
+    neighbours_grid,
     patch_distance,
     patch_scenes,
     probe_arm,
@@ -39,6 +43,7 @@ from reattend.studies.dmt_jepa import (
     scene_nats,
     similarity_maps,
     table,
+    targets_table,
     things_and_labels,
     timed_steps,
     untrained_head_targets,
@@ -46,11 +51,13 @@ from reattend.studies.dmt_jepa import (
 )
 from reattend.studies.dmt_jepa_figures import (
     draw_arms,
+    draw_cosines,
     draw_grid,
     draw_kinds,
     draw_masks,
     draw_neighbours,
     draw_pairing,
+    draw_scores,
     draw_similarity,
 )
 from reattend.vision.dmt_jepa import choose_neighbours
@@ -400,3 +407,73 @@ def test_figures_draw_every_kind():
     spreads = {arm: np.ones((3, 5)) for arm in losses}
     draw_arms(losses, spreads, {arm: [1.0, 2.0, 3.0] for arm in losses}, {"pixels": 1.0})
     plt.close("all")
+
+
+def scored(level):
+    """Scores of three scenes about one level; the last has no case."""
+    values = np.array([level, level + 1, np.nan])
+    pairs = [(same, near) for same in ("same", "different") for near in ("near", "far")]
+    cosine = {pair: values + 10 * number for number, pair in enumerate(pairs)}
+    return TargetScores(0.1, values, values + 2, values, values, values + 4, cosine, level)
+
+
+def test_draws_of_a_target_are_averaged():
+    table = targets_table({"own": scored(1.0)}, {"untrained": [scored(2.0), scored(4.0)]})
+    assert table["target"].tolist() == ["own", "untrained"]
+    assert table["nats"].tolist() == [1.5, 3.5]
+    assert table["rank"].tolist() == [1, 3]
+    assert table["cosine_far_different"].tolist() == [31.5, 33.5]
+
+
+def test_scores_and_cosines_are_drawn_under_their_names():
+    scores = {"own": scored(1.0), "top-4": scored(2.0)}
+    figure = draw_scores(scores)
+    assert [axis.get_xlabel().split("\n")[1] for axis in figure.axes] == [
+        "(less is better)",
+        "(less is better)",
+        "(more is better)",
+    ]
+    centres = [axis.lines[1].get_xdata()[0] for axis in figure.axes]
+    assert centres == [1.5, 3.5, 5.5]
+    figure = draw_cosines(scores)
+    labels = [axis.get_xlabel() for axis in figure.axes]
+    assert labels[0] == "cosine, same labels, near\n(more is better)"
+    assert labels[3] == "cosine, different labels, far\n(less is better)"
+    assert figure.axes[3].lines[3].get_xdata()[0] == 32.5
+    plt.close("all")
+
+
+def test_the_grid_trains_a_probe_for_each_layer_and_kind():
+    tokens, labels = labelled(8, 0.5)
+    scenes = {}
+    for number, side in enumerate(("train", "test")):
+        part, rows = halves(4), slice(4 * number, 4 * number + 4)
+        features = {2: tokens[rows], 5: tokens[rows].flip(0)}
+        scenes[side] = PatchScenes(part.pixels, part.things, labels[rows], part.colour, features)
+    grid, table = neighbours_grid(scenes, [2, 5], ["own", "top-4"], 0.1, 20)
+    assert table["layer"].tolist() == [2, 2, 5, 5]
+    assert table["nats"].tolist() == [
+        found.mean() for row in grid.values() for found in row.values()
+    ]
+    train, test = scenes["train"], scenes["test"]
+    made = [make_targets("top-4", part.features[2], part.colour) for part in (train, test)]
+    probe = fit_probe(made[0], train.labels, 0.1, 20)
+    assert grid[2]["top-4"] == pytest.approx(scene_nats(probe, made[1], test.labels), abs=1e-4)
+    far = mean_cosine(made[1], test.labels, same=False, near=False)
+    assert table["cosine_far_different"][1] == pytest.approx(np.nanmean(far), abs=1e-6)
+    assert grid[2]["own"].mean() < grid[5]["own"].mean()  # features of other scenes tell nothing
+
+
+def test_arms_stand_above_what_needs_no_pretraining():
+    arm = "DMT-JEPA"
+    losses = torch.cat([torch.ones(2, 30), torch.full((2, 20), 0.25)], dim=1)
+    spreads = torch.tensor([[0.9, 0.5], [0.9, 0.7]])
+    trained = JepaModels({arm: []}, {arm: losses}, {arm: spreads}, {}, {})
+    probes = {arm: np.array([[60.0, 50.0], [70.0, 52.0]])}
+    of_targets, wide = {arm: np.array([80.0, 82.0])}, {arm: np.array([0.3, 0.5])}
+    table = arms_table(trained, probes, of_targets, wide, {"pixels": (40.0, 30.0)})
+    row = table.set_index("arm").loc[arm]
+    assert row.tolist() == pytest.approx([65, 60, 70, 51, 81, 0.4, 0.6, 0.25])
+    below = table.set_index("arm").loc["pixels"]
+    assert below[["patch_probe", "knn"]].tolist() == [40, 30]
+    assert below.isna().sum() == 6

@@ -22,7 +22,20 @@ from reattend.studies.few_shot import (
     search_prompt,
     shuffled,
 )
-from reattend.studies.few_shot_figures import draw_against_shots, draw_gains, spread
+from reattend.studies.few_shot_figures import (
+    draw_against_shots,
+    draw_class_heads,
+    draw_gains,
+    spread,
+)
+from reattend.studies.few_shot_tables import (
+    asked_table,
+    labels_table,
+    main_table,
+    means_of_draws,
+    switch_table,
+    with_reported,
+)
 from reattend.text_matching.crosstune import CrossTune
 
 
@@ -181,3 +194,78 @@ def test_spread_is_the_interval_of_students_t():
     centre, half = spread([1.0, 2.0, 3.0])
     assert centre == pytest.approx(2.0)
     assert half == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+
+
+def few_shot_scores():
+    """Two sets, two k, three draws; what CrossTune gains over the rival is 1, 2 and 3 points."""
+    rows = []
+    for name, level in (("one", 60.0), ("two", 80.0)):
+        for k in (1, 4):
+            for draw in range(3):
+                rows.append((name, k, draw, "CrossTune", level + k + draw + 1, -1.0))
+                rows.append((name, k, draw, "rival", level + k, -2.0))
+            rows.append((name, 4, 0, "names", level, -3.0))
+    columns = ["set", "k", "draw", "method", "accuracy", "log_probability"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_the_main_table_is_paired_by_draw():
+    table = main_table(few_shot_scores(), ["CrossTune", "rival"])
+    assert list(zip(table["k"], table["method"], strict=True)) == [
+        (1, "CrossTune"),
+        (1, "rival"),
+        (4, "CrossTune"),
+        (4, "rival"),
+    ]
+    assert table["one"].tolist() == [63, 61, 66, 64]
+    assert table["mean"].tolist() == [73, 71, 76, 74]
+    assert table["CrossTune minus it"].tolist() == [0, 2, 0, 2]
+    assert table["± (95 %)"].tolist() == pytest.approx([4.302653 / 3**0.5, 0] * 2, rel=1e-5)
+    below = with_reported(table, 3.5).iloc[-1]
+    assert below[["k", "CrossTune minus it"]].tolist() == [16, 3.5]
+    assert np.isnan(below["mean"])
+
+
+def test_the_table_of_one_set_is_paired_by_draw():
+    scores = few_shot_scores()
+    asked = scores[(scores.set == "one") & (scores.method != "names")]
+    table = asked_table(asked[["k", "draw", "method", "accuracy"]])
+    assert table["accuracy, %"].tolist() == [63, 61, 66, 64]
+    assert table["CrossTune minus it"].tolist() == [0, 2, 0, 2]
+
+
+def test_arms_of_labels_are_left_out_where_they_were_not_trained():
+    means = means_of_draws(few_shot_scores().replace({"method": {"rival": "random vectors"}}))
+    table = labels_table(means, ["CrossTune", "random vectors", "padded names"])
+    assert list(zip(table["k"], table["labels"], strict=True)) == [
+        (1, "descriptions"),
+        (1, "random vectors"),
+        (4, "descriptions"),
+        (4, "random vectors"),
+    ]
+    assert table["descriptions minus it"].tolist() == [0, 2, 0, 2]
+    assert table["log-probability, nats"].tolist() == [-1, -2, -1, -2]
+
+
+def test_further_data_are_set_against_none_draw_by_draw():
+    rows = []
+    for draw, start in enumerate((50.0, 60.0, 70.0)):
+        rows.append(("clean", draw, "never", start, -1.0, 0.0, 8))
+        rows.append(("clean", draw, "switch", start + 1 + draw, -0.5, 0.5, 8))
+    columns = ["data", "draw", "use", "accuracy", "log_probability", "kept", "texts"]
+    table = switch_table(pd.DataFrame(rows, columns=columns))
+    assert table["used"].tolist() == ["never", "switch"]
+    assert table["minus never"].tolist() == pytest.approx([0, 2])
+    assert table["± (95 %)"][1] == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+    assert table["of them used, %"].tolist() == [0, 50]
+    assert table["accuracy, %"].tolist() == pytest.approx([60, 62])
+
+
+def test_heads_are_averaged_over_the_texts_of_a_class():
+    weights = torch.zeros(3, 2, 2)
+    weights[0, 0, 0], weights[1, 0, 0], weights[2, 1, 1] = 1.0, 0.5, 0.7
+    fig = draw_class_heads(weights, torch.tensor([0, 0, 1]), ["x", "y"], ["first", "second"])
+    assert [axis.get_title() for axis in fig.axes] == ["first", "second"]
+    np.testing.assert_allclose(fig.axes[0].images[0].get_array(), [[0.75, 0], [0, 0]])
+    np.testing.assert_allclose(fig.axes[1].images[0].get_array(), [[0, 0], [0, 0.7]])
+    plt.close("all")

@@ -2,6 +2,8 @@
 
 import math
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 
@@ -16,11 +18,13 @@ from reattend.studies.hip import (
     compare_rules,
     count_candidates,
     far_needles,
+    methods_table,
     noise,
     pooled_of_density,
     table_score,
     unit_map,
 )
+from reattend.studies.hip_figures import draw_searches
 
 SETTINGS = {"k": 16, "block_q": 16, "window": 12, "sink": 3, "dense_layers": 0}
 TREE = Tree(16, 16, 2, 2, 12, 3, "centre")
@@ -218,3 +222,36 @@ def test_blocks_of_the_map_are_those_of_the_method():
     for ours, own in zip(seen.blocks, blocks, strict=True):
         assert torch.equal(ours, own)
     assert torch.equal(query_blocks(150, 150, 16, 2).last, seen.blocks.last)
+
+
+def test_the_methods_table_is_paired_by_prompt():
+    rows = [("dense", 1.0, 100.0, 2.0, 1.0), ("HiP", 0.2, 100.0, 2.5, 1.0)]
+    rows += [("dense", 1.0, 0.0, 3.0, 1.0), ("HiP", 0.4, 100.0, 4.5, 3.0)]
+    rows += [("other", 0.1, 0.0, 5.0, 2.0)]
+    columns = ["method", "density", "right", "prose NLL", "answer NLL"]
+    main = pd.DataFrame(rows, columns=columns, index=[0, 0, 1, 1, 1]).rename_axis("item")
+    table = methods_table(main).set_index("method")
+    assert table.loc["HiP", "prompts"] == 2
+    assert table.loc["HiP", "density"] == pytest.approx(0.3)
+    assert table.loc["HiP", "prose NLL above dense"] == pytest.approx(1.0)
+    assert table.loc["HiP", "prose NLL, s.e."] == pytest.approx(0.5)
+    assert table.loc["dense", "answer NLL above dense"] == 0
+    assert table.loc["other", "prose NLL above dense"] == 2  # against its own prompt
+    assert math.isnan(table.loc["other", "prose NLL, s.e."])
+
+
+def test_searches_of_heads_are_drawn_under_their_recall():
+    start, size = torch.tensor([0, 3]), torch.tensor([3, 2])
+    whole = [x.expand(1, 3, 2, -1) for x in (start, size)]
+    trace = [(*whole, torch.arange(12.0).view(1, 3, 2, 2))]
+    table = torch.arange(30.0).view(1, 3, 2, 5)
+    found = torch.tensor([[1]]).expand(1, 3, 2, 1)
+    fig = draw_searches(trace, found, table, {2: 1.0, 0: 0.5})
+    titles = [axis.get_title() for axis in fig.axes]
+    assert titles == [f"head {h}: {p} % of the best units found" for h, p in ((2, 100), (0, 50))]
+    drawn = fig.axes[0].images[0].get_array()
+    assert drawn[0].tolist() == [8, 8, 8, 9, 9]
+    assert drawn[1].tolist() == [20, 21, 22, 23, 24]
+    assert fig.axes[0].get_xlabel() == ""
+    assert fig.axes[1].get_xlabel() == "unit of keys"
+    plt.close("all")

@@ -7,13 +7,18 @@ import pytest
 import torch
 
 from reattend.studies.in_context import (
+    BASELINES,
+    Predictors,
     TwoTasks,
     Watch,
     fit_flow,
     growth,
     orders,
     patterns_of,
+    patterns_table,
+    risk_table,
     tasks_table,
+    train_stack,
     worst_pattern,
 )
 from reattend.theory.icl_regression import (
@@ -21,6 +26,8 @@ from reattend.theory.icl_regression import (
     best_combination,
     gradient_flow,
     gradient_step,
+    ridge,
+    sample_regressions,
 )
 
 SETTING = {"dim": 5, "length": 40, "noise": 0.1}
@@ -155,3 +162,98 @@ def test_the_table_has_a_row_a_model_and_seed():
     assert table["heads that serve both"].tolist() == [1, 0, 2, 4]
     assert table["mu of task 2"][0] == "+1.00, +3.00, +5.00"
     assert not math.isnan(table["risk"].sum())
+
+
+def stack(heads, seeds=2, **options):
+    return MultiHeadAttention(heads, 5, 1, seeds, torch.Generator().manual_seed(4), **options)
+
+
+def contexts(seed, seeds=2, count=7, length=11):
+    source = torch.Generator().manual_seed(seed)
+    return sample_regressions((seeds, count), length, 5, 0.1, source)
+
+
+def test_the_first_step_moves_every_weight_by_the_learning_rate():
+    model, asked = stack((1, 2)), []
+
+    def draw(count):
+        asked.append(count)
+        return contexts(len(asked), count=count)
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    watched = []
+    trained = train_stack(
+        model,
+        draw,
+        0.01,
+        1,
+        "training",
+        lambda model: watched.append(model) or False,
+        batch=9,
+        every=1,
+        device=torch.device("cpu"),
+        progress=lambda steps, label: steps,
+    )
+    assert trained is model
+    assert set(asked) == {9}
+    assert watched == [model]
+    moved = torch.cat([(p - before[n]).abs().flatten() for n, p in model.named_parameters()])
+    moved = moved[moved > 0]  # what has no gradient stays
+    assert len(moved) > 100
+    # Adam's first step is the rate itself, whatever the size of a gradient.
+    assert (moved - 0.01).abs().median() < 1e-5
+
+
+def test_predictors_stand_under_their_names():
+    softmax, linear = stack((1, 2)), stack((2,), linear_length=6)
+    fitting, data = contexts(1, seeds=1, count=900), contexts(2)
+    predict = Predictors(softmax, linear, ["1 head", "2 heads"], fitting, 6, 0.1)
+    assert predict.names == ["1 head", "2 heads", *BASELINES, "linear attention, rescaled"]
+    found = dict(zip(predict.names, predict(data).unbind(-1), strict=True))
+    torch.testing.assert_close(found["2 heads"], softmax(data)[..., 1, 0])
+    torch.testing.assert_close(found["linear attention"], linear(data)[..., 0, 0])
+    torch.testing.assert_close(
+        found["linear attention, rescaled"], linear(data)[..., 0, 0] * 6 / 11
+    )
+    torch.testing.assert_close(found["ridge"], ridge(data, 0.5)[..., 0])
+    assert (found["zero"] == 0).all()
+    step = gradient_step(data, debiased=True)[..., 0]
+    torch.testing.assert_close(found["debiased step"], predict.sizes[True] * step)
+    assert predict.sizes[True] != predict.sizes[False]
+    risk = (found["ridge"] - data.target[..., 0]).square().mean(-1)
+    torch.testing.assert_close(predict.losses(data)[:, predict.names.index("ridge")], risk)
+
+
+def test_patterns_table_ends_with_the_papers_heads():
+    omega, mu = torch.tensor([[0.1, -0.1], [0.2, 0.2]]), torch.tensor([[3.0, -3.0], [2.0, 2.0]])
+    found = patterns_of(*circuits(omega, mu), 5)
+    table = patterns_table(
+        found, omega, mu, np.array([0.25, 0.41]), {"omega": [0.13, -0.13], "mu": [3.5, -3.5]}
+    )
+    assert table["seed"].tolist() == [0, 1, "the paper's plots"]
+    assert table["omega"].tolist() == ["+0.10, -0.10", "+0.20, +0.20", "+0.13, -0.13"]
+    assert table["mu"].iloc[2] == "+3.50, -3.50"
+    assert table["risk"].tolist()[:2] == [0.25, 0.41]
+    np.testing.assert_allclose(
+        table["worst over its bound"][:2].astype(float), worst_pattern(found)
+    )
+
+
+def test_risk_table_leaves_empty_what_has_no_reference():
+    risks = {"1 head": np.array([0.4, 0.5, 0.3]), "ridge": np.array([0.1, 0.1, 0.1])}
+    table = risk_table(risks, {"1 head": 0.41}, {"ridge": 0.114}).set_index("predictor")
+    assert table.loc["1 head"].tolist()[:4] == pytest.approx([0.4, 0.3, 0.5, 0.41])
+    assert table["large-L formula"].isna().tolist() == [True, False]
+    assert table["Monte Carlo of the reduced model"].isna().tolist() == [False, True]
+
+
+def test_losses_of_two_tasks_are_sums_over_both():
+    two = TwoTasks(0.1, torch.device("cpu"))
+    model = MultiHeadAttention((3, 4), 6, 2, 2, torch.Generator().manual_seed(1))
+    separate = two.separate_steps(two.stream(1, torch.Generator().manual_seed(2))(3_000))
+    data = two.stream(2, torch.Generator().manual_seed(3))(9)
+    found = two.losses(model, separate)(data)
+    assert found.shape == (2, 3)
+    torch.testing.assert_close(found[:, :2], model.losses(data))
+    errors = (separate(data) - data.target).square()
+    torch.testing.assert_close(found[:, 2], errors[..., 0].mean(-1) + errors[..., 1].mean(-1))

@@ -7,6 +7,7 @@ import torch
 
 from reattend.studies.in_context import FlowFit
 from reattend.studies.in_context_figures import (
+    draw_by_size,
     draw_circuits,
     draw_flows,
     draw_kernels,
@@ -94,3 +95,19 @@ def test_lengths_preconditioners_and_kernels_are_drawn():
     assert weights[0].get_ydata().sum() == pytest.approx(1, abs=1e-5)
     assert (np.diff(weights[0].get_ydata()) > 0).all()
     assert (np.diff(weights[1].get_ydata()) < 0).all()
+
+
+def test_models_are_drawn_by_size_with_their_heads_in_order_of_omega():
+    omega, mu = torch.tensor([0.3, 0.2, -0.1]), torch.tensor([1.0, 2.0, -3.0])
+    kq = torch.zeros(3, 6, 6)
+    kq[:, range(5), range(5)] = omega[:, None]
+    ov = torch.zeros(3, 1, 6)
+    ov[:, 0, -1] = mu
+    figure = draw_by_size(kq, ov, {1: slice(0, 1), 2: slice(1, 3)}, dim=5)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == [
+        "H = 1\nω +0.30, μ +1.00",
+        "H = 2\nω -0.10, μ -3.00",
+        "H = 2\nω +0.20, μ +2.00",
+    ]
+    assert figure.axes[1].images[0].get_array()[0, 0] == pytest.approx(-0.1)

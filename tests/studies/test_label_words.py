@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from reattend.attention.host import attach
@@ -11,8 +12,11 @@ from reattend.studies.label_words import (
     Bank,
     Item,
     Survey,
+    accuracy_table,
     extremes_on_other_half,
+    first_sentence,
     flipped_means,
+    heads_table,
     heads_to_search,
     sink_rates,
 )
@@ -150,3 +154,62 @@ def test_extremes_of_noise_vanish_and_real_ones_stay():
     highest, lowest = extremes_on_other_half(noise, 1, seed=0)
     assert highest.mean() == pytest.approx(0.5, abs=0.06)
     assert lowest.mean() == pytest.approx(-0.5, abs=0.06)
+
+
+def test_the_first_sentence_is_the_one_behind_the_headline():
+    article = "Rates rise. Again\nThe bank  raised\nrates by 0.5 points. Shares fell! Then rose."
+    assert first_sentence(article) == "The bank raised rates by 0.5 points."
+
+
+def test_measures_against_dense_are_differences_by_item(items, bank):
+    answers = torch.tensor([item.answer for item in items])
+    scores = bank.dense.clone()
+    scores[0] = scores[0].flip(0) if bank.absent[0, -1] else scores[0].roll(1)
+    scores[0, : len(items[0].options)] = bank.dense[0, : len(items[0].options)].flip(0)
+    found = bank.against_dense(scores)
+    nll = [-(scores[i, a] - bank.dense[i, a]).item() for i, a in enumerate(answers)]
+    before = bank.dense.argmax(-1) == answers
+    after = scores.argmax(-1) == answers
+    assert before[0] != after[0]
+    assert found["accuracy"] == pytest.approx(100 * after.double().mean().item())
+    assert found["accuracy - dense"] == pytest.approx(25 * (int(after[0]) - int(before[0])))
+    assert found["NLL - dense, nats"] == pytest.approx(np.mean(nll), abs=1e-6)
+    assert found["standard error"] == pytest.approx(np.std(nll, ddof=1) / 2, abs=1e-6)
+
+
+def test_over_chance_is_right_minus_a_guess(bank):
+    expected = 100 * (bank.right(bank.dense).numpy() - np.array([1 / 2, 1 / 3, 1 / 2, 1 / 3]))
+    np.testing.assert_allclose(bank.over_chance, expected)
+
+
+def test_heads_table_has_a_row_a_head():
+    rates = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+    changes = np.array([[100.0, -100.0, 0.0, 100.0], [0.0, 0.0, 0.0, -100.0]])
+    losses = np.array([[0.1, 0.2, 0.3, 0.4], [-0.4, 0.0, 0.0, 0.0]])
+    table = heads_table([(1, 0), (0, 1)], rates, changes, losses, np.array([2.0, 3.0]), [(0, 1)])
+    assert table["prompts with a sink, %"].tolist() == pytest.approx([30, 20])
+    assert table["accuracy change, points"].tolist() == [25, -25]
+    assert table["answers that changed to right or wrong, %"].tolist() == [75, 25]
+    assert table["NLL change, nats"].tolist() == pytest.approx([0.25, -0.1])
+    assert table["s.d. by chance"].tolist() == [2, 3]
+    assert table["kept"].tolist() == [False, True]
+
+
+def test_accuracy_table_pairs_act_with_dense():
+    dense, ours = np.array([0.0, 100, 100, 0]), np.array([100.0, 100, 100, 0])
+    groups = {
+        ("news", 2): {"dense": dense, "ACT": ours},
+        ("review", 0): {"dense": ours, "ACT": dense, "all heads": dense},
+        ("news", 0): {"dense": dense, "ACT": dense + 1, "all heads": ours},
+    }
+    table = accuracy_table(groups, ["dense", "ACT", "all heads"])
+    assert list(zip(table["task"], table["examples"], strict=True)) == [
+        ("news", 0),
+        ("review", 0),
+        ("news", 2),
+    ]
+    assert table["ACT - dense"].tolist() == [1, -25, 25]
+    assert table["all heads"].isna().tolist() == [False, False, True]
+    half = t.ppf(0.975, 3) * 50 / 2
+    assert table["high"].iloc[2] - 25 == pytest.approx(half)
+    assert 25 - table["low"].iloc[2] == pytest.approx(half)

@@ -101,3 +101,12 @@ def test_region_sizes_colour_what_they_are_told_to():
     first, _, second, _ = fig.axes[0].lines  # points and mean, arm by arm
     assert (first.get_color(), second.get_color()) == (COLOURS[0], BASELINE)
     assert second.get_xdata().tolist() == [90, 91]
+
+
+def test_patterns_stand_against_chance():
+    scores = {"routed": [90.0, 92.0], "windows": [55.0, 57.0], "full": [99.0, 98.0]}
+    axis = figures.draw_patterns(scores).axes[0]
+    assert [text.get_text() for text in axis.get_yticklabels()] == list(scores)
+    points = axis.lines[:6:2]
+    assert [line.get_color() for line in points] == [COLOURS[0], COLOURS[1], BASELINE]
+    assert list(axis.lines[-1].get_xdata()) == [50, 50]

@@ -1,5 +1,6 @@
 """Prompts read with methods: the same scores as the needle suite, distances from dense, equal densities."""
 
+import pandas as pd
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -13,6 +14,7 @@ from reattend.studies.long_context import (
     PromptMaps,
     PromptReader,
     bfloat16_layers,
+    with_intervals,
 )
 
 SIZE = 8
@@ -109,3 +111,10 @@ def test_fixed_budgets_have_the_density_and_the_split_that_covers_most(model, ta
         assert maps.covered(made) >= maps.covered(other)
     half = fixed(0.25, 8, SIZE)
     assert (half.verticals, half.slashes) == (2, 6)
+
+
+def test_intervals_stand_behind_their_means():
+    row = with_intervals(pd.DataFrame({"a": [1.0, 2.0, 3.0], "b": [0.0, 0.0, 0.0]}))
+    assert list(row) == ["a", "a, low", "a, high", "b", "b, low", "b, high"]
+    half = 4.302653 / 3**0.5  # Student's t with two degrees of freedom
+    assert list(row.values()) == pytest.approx([2, 2 - half, 2 + half, 0, 0, 0], rel=1e-5)

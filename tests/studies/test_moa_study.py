@@ -2,6 +2,8 @@
 
 from contextlib import nullcontext
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,16 @@ from reattend.long_context.moa import Item, MoA, Plan, Rule, profile_influence
 from reattend.studies.long_context import answer
 from reattend.studies.moa import (
     Planner,
+    above_dense,
     answered_prompts,
+    arms_table,
     best_plan,
+    by_arm,
     calibrate,
+    compared_rows,
     early_needles,
+    largest_gap,
+    part_of,
     prose,
     random_plans,
     read,
@@ -228,3 +236,73 @@ def test_items_are_one_length(model):
         profile_influence(
             model, [Item(torch.arange(n), torch.arange(n) > 2) for n in (16, 24)], block_size=8
         )
+
+
+# Results
+
+
+def test_every_plan_of_a_prompt_has_a_row_against_its_dense_reading(model, haystack):
+    sample = early_needles(haystack, 300, 1, 0, 1, 0.45)[0]
+    narrow = planner().uniform(model, 0.25)
+    plans = {("uniform", 0.25): {"all": narrow}, ("MoA", 1.0): {0: full(model), 1: full(model)}}
+    rows = pd.DataFrame(compared_rows(model, 7, sample, plans))
+    assert rows["arm"].tolist() == ["dense", "uniform", "MoA", "MoA"]
+    assert rows["draw"].tolist() == ["all", "all", 0, 1]
+    assert set(rows["item"]) == {7}
+    assert set(rows["length"]) == {len(sample.prompt)}
+    assert rows["distance"][0] == round(300 * (1 - sample.depth))
+    assert rows["answer KL"][[0, 2, 3]].abs().max() < 1e-5
+    expected = read(model, sample, narrow).compared(read(model, sample, None))
+    assert rows["answer KL"][1] == pytest.approx(expected["answer KL"])
+    assert rows["answer KL"][1] > 1e-3
+
+
+def toy_results():
+    rows = []
+    for item, (dense, even) in enumerate([(1.0, 2.0), (2.0, 2.5), (1.5, 4.5)]):
+        where = {"item": item, "length": 64, "prose NLL": 3.0 + item, "score": 100.0 * (item > 0)}
+        rows.append(where | {"arm": "dense", "density": 1.0, "answer NLL": dense})
+        for draw in (-0.1, 0.1):
+            rows.append(where | {"arm": "MoA", "density": 0.5, "answer NLL": even + draw})
+        rows.append(where | {"arm": "MoA", "density": 0.25, "answer NLL": 9.0})
+        rows.append(where | {"arm": "MoA", "density": 0.5, "answer NLL": 8.0, "length": 128})
+    return pd.DataFrame(rows)
+
+
+def test_arms_are_means_over_draws_and_then_over_prompts():
+    results = toy_results()
+    assert len(part_of(results, "MoA", 0.5, 64)) == 6
+    arms = [("dense", 1.0), ("MoA", 0.5)]
+    table = arms_table(results, arms, 64, {"retrieval": {"MoA": 0.97}})
+    assert table["answer NLL"].tolist() == pytest.approx([1.5, 3.0])
+    assert table["prose NLL"].tolist() == pytest.approx([4, 4])
+    assert table["exact match"].tolist() == pytest.approx([200 / 3] * 2)
+    assert table["retrieval, reported"][1] == 0.97
+    assert np.isnan(table["retrieval, reported"][0])
+    half = 4.302653 * np.std([2.0, 2.5, 4.5], ddof=1) / 3**0.5
+    assert table["high"][1] - 3 == pytest.approx(half, rel=1e-5)
+    assert 3 - table["low"][1] == pytest.approx(half, rel=1e-5)
+
+
+def test_rises_above_dense_are_paired_by_prompt():
+    rows = above_dense(toy_results(), ["MoA"], 64)
+    means = rows[rows.density == 0.5].groupby("item")[["answer NLL", "prose NLL"]].mean()
+    assert means["answer NLL"].tolist() == pytest.approx([1.0, 0.5, 3.0])
+    assert means["prose NLL"].tolist() == [0, 0, 0]
+
+
+def test_reported_values_go_by_our_names():
+    frame = pd.DataFrame({"method": ["StreamingLLM", "MoA"], "8k": ["0.4", "0.9"]})
+    assert by_arm(frame, "method", "8k", {"ours": "MoA"}) == {"ours": 0.9}
+
+
+def test_the_largest_gap_looks_at_longer_prompts_where_asked():
+    even, fixed = (Plan.uniform(rule, 2, 2, block_size=8) for rule in (Rule(0, 0.5), Rule(24, 0.0)))
+    gap = abs(even.density(64) - 0.5)
+    assert largest_gap({("even", 0.5): {"all": even}}, 64, {}) == pytest.approx(gap)
+    plans = {("even", 0.5): {"all": even}, ("fixed", 0.5): {0: fixed}}
+    assert fixed.density(64) == 0.5
+    assert largest_gap(plans, 64, {}) == pytest.approx(gap)
+    longer = largest_gap(plans, 64, {("fixed", 0.5): 256})
+    assert longer == pytest.approx(0.5 - fixed.density(256))
+    assert longer > 0.3

@@ -72,3 +72,12 @@ def test_imitation_shows_every_pair_and_equality():
     assert points.get_ydata().tolist() == [0.9, -1.0, 2.0]
     assert list(equality.get_xdata()) == list(equality.get_ydata()) == [-2.0, 3.0]
     assert "R² 0.90 (labels 0.30)" in fig.axes[0].get_title()
+
+
+def test_blocks_of_features_lie_below_each_other_on_one_scale():
+    features = np.arange(2 * 3 * 4.0).reshape(2, 3, 4) / 100
+    fig = pair_figures.draw_features(features, ("u", "v", "u * v"), ("same", "another"))
+    shown = fig.axes[1].images[0]
+    np.testing.assert_allclose(shown.get_array(), features[:, 1])
+    assert [axis.get_ylabel() for axis in fig.axes[:3]] == ["u", "v", "u * v"]
+    assert {axis.images[0].get_clim() for axis in fig.axes[:3]} == {(-0.5, 0.5)}

@@ -11,17 +11,26 @@ from torch.nn import functional
 from reattend.studies.probing import (
     Folds,
     ProbePlan,
+    ProbeRun,
     ProjectedMean,
     batches,
     few_labels,
     fold_by_identity,
+    folds_by_place,
     hits,
+    map_statistics,
     nearest_neighbours,
     pareto_front,
     study,
     train_probes,
 )
-from reattend.vision.efficient_probing import EfficientProbing, MeanPooling, Probe
+from reattend.vision.efficient_probing import (
+    EfficientProbing,
+    MeanPooling,
+    Probe,
+    foreground_mass,
+    mean_pairwise_cosine,
+)
 
 PLAN = ProbePlan(classes=3, steps=40, batch=16, rates=[0.0001, 0.01])
 ALL = torch.arange(50)
@@ -178,3 +187,42 @@ def test_hits_counts_in_order():
     labels = torch.tensor([0, 1, 0]).repeat(200)
     chosen = torch.arange(599, -1, -1)
     assert hits(Fixed(), tokens, labels, chosen).tolist() == [0.0, 1.0, 1.0] * 200
+
+
+def test_map_statistics_use_the_pooling_of_each_fold():
+    tokens, _, folds = divided()
+    coverage = torch.rand(300, 9, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(0)
+    pools = [EfficientProbing(8, 4) for _ in folds.parts]
+    for number, pool in enumerate(pools):
+        pool.queries.data.mul_(30.0 * (number + 1))
+    correlation, cosine, mass = map_statistics(pools, tokens, coverage, folds)
+    assert correlation.shape == cosine.shape == mass.shape == (240,)
+    assert (correlation < cosine).all()  # flatness does not count
+    part = folds.parts[1]
+    start = len(folds.parts[0])
+    maps = pools[1].maps(tokens[part]).detach()
+    inside = slice(start, start + len(part))
+    np.testing.assert_allclose(cosine[inside], mean_pairwise_cosine(maps), rtol=1e-5)
+    np.testing.assert_allclose(mass[inside], 100 * foreground_mass(maps, coverage[part]), rtol=1e-5)
+
+
+def test_folds_by_place_pick_one_axis():
+    def run(*folds):
+        return ProbeRun([], 0.1, 1, 0.0, np.zeros(2), list(folds))
+
+    cells = {
+        ("labels", "mae", 0.1, "EP_8"): run(1.0, 2.0),
+        ("labels", "mae", 0.5, "EP_8"): run(3.0, 4.0),
+        ("labels", "vit", 0.1, "EP_8"): run(5.0, 6.0),
+        ("labels", "mae", 0.1, "other"): run(7.0, 8.0),
+        ("layer", "mae", 3, "EP_8"): run(9.0, 10.0),
+    }
+    found = folds_by_place(cells, "labels", {"mae": "autoencoder", "vit": "ViT"}, ["EP_8"])
+    assert list(found) == ["autoencoder", "ViT"]
+    assert list(found["autoencoder"]) == ["EP_8"]
+    assert {place: x.tolist() for place, x in found["autoencoder"]["EP_8"].items()} == {
+        0.1: [1, 2],
+        0.5: [3, 4],
+    }
+    assert found["ViT"]["EP_8"][0.1].tolist() == [5, 6]

@@ -1,5 +1,6 @@
 """Rankings under given budgets: equal counts, placebos that keep what they should, exact masses."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -15,9 +16,12 @@ from reattend.studies.proxy_heads import (
     by_proxy,
     by_recency,
     by_true_mass,
+    estimate_shares,
+    layer_speeds,
     level,
     likeness,
     mass_found,
+    masses_table,
     shuffled,
     speeds,
 )
@@ -195,3 +199,39 @@ def test_speeds_are_positive_and_one_a_round(plan):
     whole, selection = speeds(made, *tensors(), SCALE, 3, lambda: None)
     assert len(whole) == len(selection) == 3
     assert (whole > 0).all()
+
+
+def test_speeds_of_layers_are_every_round_at_one_number_of_blocks():
+    layers = [(*tensors(seed), SCALE) for seed in (0, 1)]
+    found, read = layer_speeds(layers, 0.7, SIZE, 3, lambda: None)
+    assert list(found) == [
+        "ProxyAttn",
+        "mean-pooled blocks",
+        "ProxyAttn, selection alone",
+        "mean-pooled blocks, selection alone",
+    ]
+    assert all(len(values) == 2 * 3 and min(values) > 0 for values in found.values())
+    settings = {"gamma": 0.7, "stride": 2, "min_budget": 3 * SIZE, "block_size": SIZE}
+    masks = [ProxyAttn(**settings).block_mask(q, k, scale=s) for q, k, s in layers]
+    expected = sum(density(mask).mean().item() for mask in masks) / 2
+    assert read["ProxyAttn"] == pytest.approx(expected, abs=1e-6)
+    assert read["mean-pooled blocks"] == pytest.approx(expected, abs=0.5 / 105)
+
+
+def test_a_proxys_cost_is_that_of_its_map_and_of_the_last_block():
+    shares = estimate_shares([1024, 131072])
+    assert shares["mean-pooled blocks"] == [1 / 128**2] * 2
+    # One of 32 heads at every 4th query and key; 128 queries of half as many causal pairs.
+    own, last = 1 / (32 * 16), 128 / (1024 / 2)
+    assert shares["one proxy of 32 heads, s = 4"][0] == pytest.approx(own + last)
+    assert shares["8 proxies, s = 4"][1] == pytest.approx(8 * own + last / 128)
+
+
+def test_masses_table_keeps_the_order_of_the_rankings():
+    rows = [("proxy", 0, 0.2, 0.8), ("proxy", 1, 0.2, 0.6), ("chance", 0, 0.2, 0.1)]
+    rows += [("proxy", 0, 0.3, 0.9)]
+    masses = pd.DataFrame(rows, columns=["ranking", "window", "density", "found"])
+    table = masses_table(masses, {"proxy": 0.01})
+    assert table["ranking"].tolist() == ["proxy", "chance"]
+    assert table[0.2].tolist() == pytest.approx([0.7, 0.1])
+    assert table["cost of the estimate"].isna().tolist() == [False, True]

@@ -1,6 +1,7 @@
 """Maps of relevance on scenes: the object in use, curves, scores and planted marks, on cases with known answers."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -143,3 +144,41 @@ def test_scenes_of_six_kinds():
     assert masks.shape == (len(labels), 40, 40)
     assert 10 < len(labels) < 50
     assert set(labels.tolist()) <= set(range(6))
+
+
+def test_a_photograph_is_the_middle_of_its_file(tmp_path, monkeypatch):
+    picture = np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8)
+    (tmp_path / "skimage/data").mkdir(parents=True)
+    study.Image.fromarray(picture).save(tmp_path / "skimage/data/one.png")
+    monkeypatch.setattr(study, "asset_path", lambda name: tmp_path)
+    found = study.photograph("one.png", side=40)
+    np.testing.assert_array_equal(found.movedim(0, -1), picture[:, 10:50])
+    assert study.photograph("one.png", side=20).shape == (3, 20, 20)
+
+
+def test_means_table_has_a_row_a_map_and_empty_measures():
+    scores = {"SR": {"energy": np.array([1.0, 3.0]), "deletion": np.array([0.5, 0.7])}}
+    table = study.means_table(scores | {"LRP": {"energy": np.array([4.0])}})
+    assert table["map"].tolist() == ["SR", "LRP"]
+    assert table["energy"].tolist() == [2, 4]
+    assert table["deletion"][0] == pytest.approx(0.6)
+    assert np.isnan(table["deletion"][1])
+
+
+def test_stand_ins_stand_beside_their_networks_with_every_training():
+    reported = pd.DataFrame({"network": ["VGG-16", "AlexNet"], "top1": [71.5, 57.1]})
+    right = {(n, s): np.array([True, s == 1, n == "B", False]) for n in "AB" for s in range(2)}
+    right["A with marks", 0] = np.zeros(4, dtype=bool)
+    table = study.stand_ins_table(reported, right).set_index("network")
+    assert table.loc["AlexNet", "stand-in"] == "A"
+    assert table.loc["AlexNet", "accuracy of the stand-in, %"] == "25.0 50.0"
+    assert table.loc["VGG-16", "accuracy of the stand-in, %"] == "50.0 75.0"
+
+
+def test_tables_of_outcomes_and_marks_name_every_training():
+    gaps = {("SR", "both"): np.array([[4.0, 30.0, 40.0, 10.0], [6.0, 50.0, 45.0, -5.0]])}
+    row = study.outcomes_table(gaps).iloc[0]
+    assert row.tolist() == ["SR", "both", 5, 40, 42.5, "+10.0 -5.0"]
+    table = study.marks_table({("A", "LRP"): np.array([[10.0, 20.0], [0.0, 50.04]])})
+    assert table["energy on the mark, %, each training"].tolist() == ["10.0 20.0"]
+    assert table["pointing on the mark, %, each training"].tolist() == ["0.0 50.0"]

@@ -50,3 +50,55 @@ def test_groups_show_trainings_and_their_interval():
     assert axis.yaxis_inverted()
     (segment,) = axis.containers[0][2][0].get_segments()
     np.testing.assert_allclose(segment[:, 0], [1 - 4.303 / 3**0.5, 1 + 4.303 / 3**0.5], rtol=1e-3)
+
+
+def test_rows_lead_with_their_panels_and_outline_the_brightest_share():
+    maps = {"SR": torch.arange(50.0).view(2, 5, 5), "LRP": torch.zeros(2, 5, 5)}
+    leading = [[("one", torch.zeros(3, 5, 5), None)], [("two", torch.ones(3, 5, 5), None)]]
+    rows = figures.map_rows(leading, maps, ["SR"], outlined=0.2)
+    assert [[panel[0] for panel in row] for row in rows] == [["one", "SR"], ["two", "SR"]]
+    assert torch.equal(rows[1][1][1], maps["SR"][1])
+    assert rows[1][1][2].sum() == 5
+    assert rows[1][1][2][-1].all()
+    assert figures.map_rows(leading, maps, ["LRP"])[0][1][2] is None
+
+
+def test_an_outcome_row_draws_both_networks_first_scene():
+    maps = {
+        n: {m: torch.full((2, 3, 3), float(k)) for m in ("LRP", "SR")} for k, n in enumerate("AB")
+    }
+    guesses, outline = {"A": "fish", "B": "tool"}, torch.eye(3)
+    row = figures.outcome_row("fish", torch.zeros(3, 3, 3), guesses, maps, outline)
+    assert [panel[0] for panel in row] == [
+        "fish",
+        "LRP of A:\nfish",
+        "SR of A:\nfish",
+        "LRP of B:\ntool",
+        "SR of B:\ntool",
+    ]
+    assert (row[3][1] == 1).all()
+    assert row[0][2] is None
+    assert row[4][2] is outline
+
+
+def test_deletion_has_a_curve_a_map_and_a_gap_a_rival():
+    curves = {name: np.array([[1.0, 0.9, 0.8], [0.5, 0.4, 0.3]]) for name in figures.LINES}
+    areas = np.array([0.5, 0.6, 0.7])
+    scores = {"SR": {"deletion": areas}, "SR, z+": {"deletion": areas}, "LRP": {"energy": areas}}
+    scores |= {"random": {"deletion": areas + 0.2}}
+    fig = figures.draw_deletion(curves, scores, [0.0, 0.5])
+    assert len(fig.axes[0].lines) == len(figures.LINES)
+    assert [label.get_text() for label in fig.axes[1].get_yticklabels()] == ["random"]
+    (segment,) = fig.axes[1].containers[0][2][0].get_segments()
+    np.testing.assert_allclose(segment[:, 0], -0.2)
+
+
+def test_outcomes_draw_the_difference_of_both_maps():
+    gaps = {
+        (name, kind): np.array([[5.0, 1.0, 2.0, place], [5.0, 1.0, 2.0, place + 2]])
+        for name in ("SR", "LRP")
+        for place, kind in enumerate(figures.OUTCOMES)
+    }
+    axis = figures.draw_outcomes(gaps).axes[0]
+    dots = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "."]
+    assert dots == 2 * [[place, place + 2] for place in range(4)]

@@ -1,6 +1,7 @@
 """Placebos take as much as their method; budgets hold; answers equal the decode loop; cells of the law."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,9 +19,15 @@ from reattend.studies.sparse_frontier import (
     RandomPages,
     Sizes,
     decoders,
+    exchanges,
     largest,
+    limits_table,
+    mean_loss,
+    methods_table,
     relative_loss,
     small_llamas_at,
+    tasks_table,
+    worst_beyond_median,
 )
 
 SIZES = Sizes(last_queries=16, sink=2, local=4, chunk=4, page=8, kernel=5)
@@ -132,3 +139,75 @@ def test_small_llamas_cost_less_where_they_read_less(model):
     np.testing.assert_allclose(
         scores["Vertical-Slash", 32, 64, 1.0], scores["Quest", 32, 64, 1.0], atol=1e-6
     )
+
+
+def by_budget(losses, draws=6):
+    """Scores of one method that loses so much of each task, without noise; the dense scores are 1 and 0.5."""
+    dense = np.tile([1.0, 0.5, 1.0], (draws, 1))
+    return {"dense": dense} | {f"Quest {c:g}": dense * (1 - np.array(x)) for c, x in losses.items()}
+
+
+def test_mean_loss_is_over_tasks_and_compressions():
+    arrays = by_budget({2.0: [0.0, 0.03, 0.0], 5.0: [0.1, 0.2, 0.0]})
+    assert mean_loss(arrays, "Quest", [2.0]) == pytest.approx(0.01)
+    assert mean_loss(arrays, "Quest", [2.0, 5.0]) == pytest.approx((0.01 + 0.1) / 2)
+
+
+def test_limits_are_by_task_and_method():
+    arrays = by_budget({2.0: [0.0, 0.03, 0.5], 5.0: [0.02, 0.2, 0.0]})
+    table = limits_table(arrays, ["Quest"], [2.0, 5.0], ["a", "b", "c"])
+    assert table["task"].tolist() == ["a", "b", "c"]
+    assert table["Quest"].tolist() == [5, 2, 1]
+
+
+def test_the_worst_task_is_set_against_three_times_the_middle_one():
+    arrays = by_budget({2.0: [0.01, 0.02, 0.5]})
+    values = worst_beyond_median(arrays, ["Quest"], 2.0)
+    np.testing.assert_allclose(values, [0.5 - 3 * 0.02] * 6)
+    twice = arrays | {"SnapKV 2": arrays["dense"] * (1 - np.array([0.1, 0.0, 0.05]))}
+    both = worst_beyond_median(twice, ["Quest", "SnapKV"], 2.0)
+    np.testing.assert_allclose(both, [(0.44 + 0.1 - 3 * 0.05) / 2] * 6)
+
+
+def test_methods_table_puts_placebos_beside_their_methods():
+    rows = [("Quest", 2.0, 0.5, 0.8), ("Quest", 2.0, 0.5, 0.6), ("random pages", 2.0, 0.5, 0.1)]
+    rows += [("Vertical-Slash", 5.0, 0.2, 0.3)]
+    results = pd.DataFrame(rows, columns=["method", "compression", "density", "probability"])
+    table = methods_table(results, [2.0, 5.0], chunk=16, page=8).set_index("method")
+    assert len(table) == 6
+    assert table.loc["Quest", "score, 1/2"] == pytest.approx(0.7)
+    assert table.loc["Quest", "placebo's score, 1/2"] == pytest.approx(0.1)
+    assert table.loc["Quest", "unit"] == "pages of 8, for every token"
+    assert table.loc["Vertical-Slash", "density, 1/5"] == pytest.approx(0.2)
+    assert "placebo's score, 1/5" not in table  # nothing was read there
+
+
+def test_tasks_table_is_of_dense_answers_in_the_given_order():
+    rows = [("dense", "b", 128, 0.5, True), ("dense", "b", 128, 0.7, False)]
+    rows += [("dense", "a", 128, 0.1, False), ("Quest", "a", 128, 0.9, True)]
+    columns = ["method", "task", "length", "probability", "right"]
+    table = tasks_table(pd.DataFrame(rows, columns=columns), ["b", "a"])
+    assert table["task"].tolist() == ["b", "a"]
+    assert table["answer probability, 128"].tolist() == pytest.approx([0.6, 0.1])
+    assert table["share right, 128"].tolist() == pytest.approx([0.5, 0.0])
+
+
+def test_a_larger_model_gets_the_largest_budget_that_the_smaller_ones_cost_allows():
+    costs = {(16, 1.0): 10.0, (16, 2.0): 6.0, (32, 1.0): 30.0, (32, 2.0): 10.0, (32, 5.0): 4.0}
+    costs |= {(64, 1.0): 90.0, (64, 2.0): 50.0, (64, 5.0): 31.0}
+    rows = [("Vertical-Slash", w, 128, c, cost) for (w, c), cost in costs.items()]
+    rows += [("Quest", w, 128, c, 1.0) for w, c in costs]
+    small = pd.DataFrame(rows, columns=["method", "width", "length", "compression", "cost"])
+    scores = {("Vertical-Slash", w, 128, c): np.full(3, w + 0.1 * c) for w, c in costs}
+    arrays, affordable = exchanges(small, scores, [(16, 32), (32, 64)], 128)
+    assert affordable == {(16, 32): [2.0, 5.0], (32, 64): []}
+    assert arrays["32 for 16"].tolist() == pytest.approx([32.2] * 3)
+    assert arrays["64 for 32"].tolist() == [0, 0, 0]
+    assert arrays["64 dense"].tolist() == pytest.approx([64.1] * 3)
+    assert {name for name in arrays if " at " in name} == {
+        "16 at 1",
+        "16 at 2",
+        "32 at 1",
+        "32 at 2",
+        "32 at 5",
+    }

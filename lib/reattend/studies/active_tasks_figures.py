@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -218,4 +219,14 @@ def draw_separation(largest: int = 10_000) -> Figure:
         line(lambda m, e=exponent: separating_erm_constant(m, e), color=colour, label=label)
     axis.set(xscale="log", yscale="log", xlabel="sources M", ylabel="L2 over L1, samples needed")
     axis.legend()
+    return fig
+
+
+def draw_corruptions(pictures: Sequence[Tensor], titles: Sequence[str]) -> Figure:
+    """Flat square pictures with values in [0, 1], side by side."""
+    fig, axes = plt.subplots(1, len(titles), figsize=(10, 1.7))
+    side = math.isqrt(pictures[0].numel())
+    for axis, title, picture in zip(axes, titles, pictures, strict=True):
+        axis.imshow(picture.view(side, side), cmap="gray_r", vmin=0, vmax=1)
+        axis.set(title=title, xticks=[], yticks=[])
     return fig

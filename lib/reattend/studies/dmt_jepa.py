@@ -7,10 +7,11 @@ and every object with the mean and contrast of what surrounds it, so that bright
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from transformers import Dinov2Model
 
 from reattend.backbones.pretrained.vit import PATCH, configuration, hidden_states
+from reattend.backbones.trained.dmt_jepa import JepaModels
 from reattend.data.scenes import CLASSES, Scenes, SceneSettings, make_scenes
 from reattend.vision.dmt_jepa import (
     BlockMasks,
@@ -526,6 +528,42 @@ def measure_targets(
     )
 
 
+def neighbours_grid(
+    scenes: Sets, layers: Iterable[int], kinds: Sequence[str], decay: float, steps: int
+) -> tuple[dict[int, dict[str, Float[np.ndarray, " scenes"]]], pd.DataFrame]:
+    """Nats of the probe on the test scenes by layer of the encoder and kind of target, and a table of means.
+
+    Args:
+        decay: of all probes.
+        steps: of L-BFGS.
+    """
+    train, test = scenes["train"], scenes["test"]
+    grid: dict[int, dict[str, np.ndarray]] = {}
+    rows = []
+    for layer in layers:
+        grid[layer] = {}
+        for kind in kinds:
+            made, shown = (make_targets(kind, x.features[layer], x.colour) for x in (train, test))
+            probe = fit_probe(made, train.labels, decay, steps)
+            grid[layer][kind] = scene_nats(probe, shown, test.labels)
+            far = mean_cosine(shown, test.labels, same=False, near=False)
+            row = {"layer": layer, "target": kind, "nats": grid[layer][kind].mean()}
+            rows.append(row | {"cosine_far_different": np.nanmean(far)})
+    return grid, pd.DataFrame(rows)
+
+
+def targets_table(
+    scores: Mapping[str, TargetScores], drawn: Mapping[str, Sequence[TargetScores]]
+) -> pd.DataFrame:
+    """Means of every measure, one row a target; `drawn`: targets with several draws, which are averaged."""
+    rows = [{"target": kind} | found.means() for kind, found in scores.items()]
+    for name, found in drawn.items():
+        rows.append(
+            {"target": name} | pd.DataFrame([one.means() for one in found]).mean().to_dict()
+        )
+    return pd.DataFrame(rows)
+
+
 # Pretrained encoders and time ---------------------------------------------------------------------------
 
 
@@ -553,6 +591,34 @@ def probe_arm(
         tokens["train"], labels["train"], tokens["test"], labels["test"], k
     )
     return 100 * right.double().mean().item(), float(np.nanmean(nearest))
+
+
+def arms_table(
+    trained: JepaModels,
+    probes: Mapping[str, Float[np.ndarray, "seeds 2"]],
+    of_targets: Mapping[str, Float[np.ndarray, " seeds"]],
+    spreads: Mapping[str, Float[np.ndarray, " seeds"]],
+    trivial: Mapping[str, Sequence[float]],
+) -> pd.DataFrame:
+    """Pretrained arms, means over seeds, and what needs no pretraining.
+
+    Args:
+        probes: by arm, accuracy (%) of the linear and of the k-NN probe.
+        of_targets: by arm, accuracy of the linear probe on the arm's own targets.
+        spreads: by arm, spread of the features over pictures.
+        trivial: name -> accuracy of both probes.
+    """
+    rows: list[dict] = []
+    for arm, found in probes.items():
+        linear = found[:, 0]
+        row = {"arm": arm, "patch_probe": linear.mean()}
+        row |= {"lowest": linear.min(), "highest": linear.max(), "knn": found[:, 1].mean()}
+        row |= {"probe_of_targets": of_targets[arm].mean(), "spread_features": spreads[arm].mean()}
+        row |= {"spread_targets": trained.spreads[arm][:, -1].mean().item()}
+        rows.append(row | {"last_loss": trained.losses[arm][:, -20:].mean().item()})
+    for name, (linear, nearest) in trivial.items():
+        rows.append({"arm": name, "patch_probe": linear, "knn": nearest})
+    return pd.DataFrame(rows)
 
 
 def published_multiply_adds(seed: int, batch: int = 256) -> tuple[int, int]:

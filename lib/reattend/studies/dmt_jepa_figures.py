@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reattend.evidence.intervals import mean
 from reattend.plots import BASELINE, COLOURS, mean_curve, mean_point, show_regions
+from reattend.studies.dmt_jepa import TargetScores
 
 METHOD = COLOURS[0]
 KIND_COLOURS = {
@@ -132,6 +133,26 @@ def draw_kinds(
     first.set_yticks(range(len(kinds)), kinds)
     first.invert_yaxis()
     return figure
+
+
+def draw_scores(scores: Mapping[str, TargetScores]) -> Figure:
+    """How well kinds of targets tell what a patch shows: nats of the probe, and variance between labels."""
+    measures = {
+        "nats of the patch's class": {kind: found.nats for kind, found in scores.items()},
+        "the same, boundary patches": {kind: found.boundary for kind, found in scores.items()},
+        "share of variance between labels": {kind: s.between for kind, s in scores.items()},
+    }
+    return draw_kinds(measures, ["less", "less", "more"])
+
+
+def draw_cosines(scores: Mapping[str, TargetScores]) -> Figure:
+    """Mean cosines of kinds of targets: of the same and of different labels, near and far."""
+    pairs = next(iter(scores.values())).cosine
+    measures = {
+        f"cosine, {same} labels, {near}": {kind: s.cosine[same, near] for kind, s in scores.items()}
+        for same, near in pairs
+    }
+    return draw_kinds(measures, ["more" if same == "same" else "less" for same, _ in pairs])
 
 
 def draw_grid(

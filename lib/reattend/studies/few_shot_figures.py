@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -79,3 +79,22 @@ def draw_heads(
     axis.set_xticks(range(len(classes)), classes, rotation=90)
     axis.set_yticks(range(len(weights)))
     axis.grid(False)
+
+
+def draw_class_heads(
+    weights: Float[Tensor, "texts heads classes"],
+    classes: Int[Tensor, " texts"],
+    labels: Sequence[str],
+    titles: Sequence[str],
+) -> Figure:
+    """Mean attention of every head to every label over the texts of each class, a panel a class.
+
+    Args:
+        labels: ticks of the labels.
+        titles: of the panels, class by class.
+    """
+    fig, axes = plt.subplots(1, len(titles), figsize=(10, 2.6), sharey=True)
+    for number, (axis, title) in enumerate(zip(axes, titles, strict=True)):
+        draw_heads(axis, weights[classes == number].mean(0), labels, title)
+    axes[0].set_ylabel("head")
+    return fig

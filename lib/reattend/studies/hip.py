@@ -299,3 +299,21 @@ def layer_times(
         ratio = {"speed-up over dense": np.median(dense / sparse), "density": method.density()}
         rows.append({"method": name, "length": length} | times | ratio)
     return rows
+
+
+def methods_table(main: pd.DataFrame) -> pd.DataFrame:
+    """One row a method: density, right answers (%), and both losses above dense attention's, nats, by prompt.
+
+    Args:
+        main: indexed by prompt ("item"): columns method, density, right, "prose NLL" and "answer NLL".
+    """
+    dense, table = main[main["method"] == "dense"], []
+    for name, found in main.groupby("method", sort=False):
+        row = {"method": name, "prompts": len(found), "density": found["density"].mean()}
+        row |= {"right, %": found["right"].mean()}
+        for metric in ("prose NLL", "answer NLL"):
+            excess = found[metric] - dense.loc[found.index, metric]
+            error = excess.sem() if len(excess) > 1 else np.nan
+            row |= {f"{metric} above dense": excess.mean(), f"{metric}, s.e.": error}
+        table.append(row)
+    return pd.DataFrame(table)

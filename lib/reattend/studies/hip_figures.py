@@ -54,6 +54,30 @@ def draw_search(
     axis.grid(False)
 
 
+def draw_searches(
+    trace: Sequence[tuple[Tensor, Tensor, Tensor]],
+    found: Tensor,
+    table: Float[Tensor, "batch heads blocks units"],
+    recall: Mapping[int, float],
+) -> Figure:
+    """`draw_search` of the first block of some heads, one below the other.
+
+    Args:
+        trace: start, size and score of the candidates by round, each [batch, heads, blocks, candidates].
+        found: units found, [batch, heads, blocks, nodes].
+        table: score of every unit.
+        recall: share of the best units found, by head, from the top.
+    """
+    fig, axes = plt.subplots(len(recall), 1, figsize=(9, 2.2 * len(recall)), sharex=True)
+    for axis, (h, share) in zip(axes, recall.items(), strict=True):
+        rounds = [tuple(x[0, h, 0] for x in step) for step in trace]
+        draw_search(axis, rounds, found[0, h, 0], table[0, h, 0])
+        axis.set_title(f"head {h}: {100 * share:.0f} % of the best units found", fontsize=9)
+    for axis in axes[:-1]:
+        axis.set_xlabel("")
+    return fig
+
+
 def draw_weights(
     pairs: Mapping[str, tuple[Float[Tensor, "queries keys"], Float[Tensor, "queries keys"]]],
 ) -> Figure:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +25,10 @@ from reattend.theory.icl_regression import (
     mean_diagonal,
     off_diagonal,
     other_entries,
+    ridge,
     sample_multitask,
 )
+from reattend.training.loop import TrainingPlan, train
 
 BOUNDS = {
     "off diagonal": 0.15,
@@ -35,7 +38,101 @@ BOUNDS = {
 }
 """How large each pattern of two heads may be for the paper's description to hold."""
 
+BASELINES = ("linear attention", "gradient step", "debiased step", "ridge", "zero")
+"""Predictors beside the trained heads."""
+
 PER_SEED = Float[np.ndarray, " seeds"]
+
+
+def train_stack(
+    model: MultiHeadAttention,
+    draw: Callable[[int], Regressions],
+    rate: float,
+    steps: int,
+    label: str,
+    watch: Callable[[MultiHeadAttention], bool] | None = None,
+    *,
+    batch: int,
+    every: int,
+    device: torch.device,
+    progress: Callable[[Iterable[int], str], Iterable[int]],
+) -> MultiHeadAttention:
+    """Train all models and all seeds of a stack at once; every weight has its own Adam state.
+
+    Args:
+        draw: gives so many fresh contexts for each seed.
+        rate: learning rate, decayed along a cosine to zero.
+        label: of the progress bar.
+        watch: is called every `every` steps; the training stops where it returns True.
+        batch: contexts of one step.
+        progress: makes the progress bar.
+    """
+    plan = TrainingPlan(steps=steps, learning_rate=rate, weight_decay=0.0, clip=math.inf)
+    train(
+        model.to(device),
+        iter(lambda: draw(batch), None),
+        lambda stack, data: stack.losses(data).sum(),
+        plan,
+        stop=watch,
+        check_every=every,
+        progress=lambda numbers: progress(numbers, label),
+    )
+    return model
+
+
+class Predictors:
+    """Trained heads beside what they are compared with, on the same contexts.
+
+    The sizes of the gradient steps, and nothing else, are fitted.
+
+    Args:
+        softmax: the trained models.
+        linear: linear attention with two heads.
+        heads: names of the models in `softmax`.
+        fitting: contexts of one seed for the sizes of the gradient steps.
+        length: of the contexts that `linear` was trained on.
+        noise: variance of the label noise.
+
+    Attributes:
+        names: of the predictions, in order.
+    """
+
+    def __init__(
+        self,
+        softmax: MultiHeadAttention,
+        linear: MultiHeadAttention,
+        heads: Sequence[str],
+        fitting: Regressions,
+        length: int,
+        noise: float,
+    ) -> None:
+        self.softmax, self.linear, self.length, self.noise = softmax, linear, length, noise
+        self.names = [*heads, *BASELINES, "linear attention, rescaled"]
+        self.sizes = {
+            debiased: best_combination(
+                gradient_step(fitting, debiased=debiased)[0], fitting.target[0, :, 0]
+            )
+            for debiased in (False, True)
+        }
+
+    @torch.no_grad()
+    def __call__(self, data: Regressions) -> Float[Tensor, "seeds batch names"]:
+        """Predictions of everything in `names`."""
+        by_linear = self.linear(data)[..., 0]
+        columns = [
+            self.softmax(data)[..., 0],
+            by_linear,
+            self.sizes[False] * gradient_step(data, debiased=False),
+            self.sizes[True] * gradient_step(data, debiased=True),
+            ridge(data, data.inputs.shape[-1] * self.noise),
+            torch.zeros_like(data.target),
+            by_linear * self.length / data.inputs.shape[-2],  # as if it knew the context's length
+        ]
+        return torch.cat(columns, -1)
+
+    def losses(self, data: Regressions) -> Float[Tensor, "seeds names"]:
+        """Mean squared errors over the batch."""
+        return (self(data) - data.target).square().mean(-2)
 
 
 class Watch:
@@ -73,10 +170,54 @@ def patterns_of(
     }
 
 
-def worst_pattern(found: dict[str, PER_SEED]) -> PER_SEED:
+def worst_pattern(found: Mapping[str, PER_SEED]) -> PER_SEED:
     """The worst pattern over its bound; at least 10 where a head's omega and mu differ in sign."""
     over = np.max([found[name] / bound for name, bound in BOUNDS.items()], axis=0)
     return np.where(found["signs agree"] < 1, np.maximum(over, 10), over)
+
+
+def patterns_table(
+    found: Mapping[str, PER_SEED],
+    omega: Float[Tensor, "seeds 2"],
+    mu: Float[Tensor, "seeds 2"],
+    risk: PER_SEED,
+    published: Mapping[str, Sequence[float]],
+) -> pd.DataFrame:
+    """Patterns of two heads and their risk, one row a seed; the last row is the paper's omega and mu.
+
+    Args:
+        found: the patterns, as `patterns_of` gives them.
+        published: "omega" and "mu" of the paper's two heads.
+    """
+
+    def signed(pair: Iterable[float]) -> str:
+        return ", ".join(f"{value:+.2f}" for value in pair)
+
+    table = pd.DataFrame(found)
+    table.insert(0, "seed", np.arange(len(table)))
+    table.insert(1, "omega", [signed(pair) for pair in omega.tolist()])
+    table.insert(2, "mu", [signed(pair) for pair in mu.tolist()])
+    table["worst over its bound"] = worst_pattern(found)
+    table["risk"] = risk
+    reported = {name: signed(published[name]) for name in ("omega", "mu")}
+    table.loc[len(table)] = pd.Series({"seed": "the paper's plots"} | reported)
+    return table
+
+
+def risk_table(
+    risks: Mapping[str, PER_SEED], monte_carlo: Mapping[str, float], formulas: Mapping[str, float]
+) -> pd.DataFrame:
+    """Risk of each predictor over the seeds, beside the reduced model's and the large-L formula's."""
+    return pd.DataFrame(
+        {
+            "predictor": list(risks),
+            "risk, mean over seeds": [risk.mean() for risk in risks.values()],
+            "least": [risk.min() for risk in risks.values()],
+            "largest": [risk.max() for risk in risks.values()],
+            "Monte Carlo of the reduced model": [monte_carlo.get(name, np.nan) for name in risks],
+            "large-L formula": [formulas.get(name, np.nan) for name in risks],
+        }
+    )
 
 
 def orders(
@@ -197,6 +338,18 @@ class TwoTasks:
             return torch.cat([n * gradient_step(part, debiased=True) for n, part in pairs], -1)
 
         return predict
+
+    def losses(
+        self, model: MultiHeadAttention, separate: Callable[[Regressions], Tensor]
+    ) -> Callable[[Regressions], Float[Tensor, "seeds models"]]:
+        """Losses of all models of a stack, and last of the separate steps, summed over both tasks."""
+
+        @torch.no_grad()
+        def measure(data: Regressions) -> Tensor:
+            alone = (separate(data) - data.target).square().sum(-1).mean(-1, keepdim=True)
+            return torch.cat([model.losses(data), alone], -1)
+
+        return measure
 
     def _alone(self, data: Regressions, task: int) -> Regressions:
         inside, label = self._supports[task], slice(task, task + 1)

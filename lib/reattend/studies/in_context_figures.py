@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reattend.plots import BASELINE, COLOURS, REPORTED
 from reattend.studies.in_context import FlowFit
+from reattend.theory.icl_regression import last_entries, mean_diagonal
 
 
 def heat(axis: Axes, image: Float[Tensor, "rows columns"], limit: float, hidden: int = 0) -> None:
@@ -278,3 +279,25 @@ def head_titles(heads: int, **numbers: Tensor) -> list[str]:
     """Two lines for each head: how many there are, and its numbers (one a head) by symbol."""
     columns = [[f"{symbol} {value:+.2f}" for value in values] for symbol, values in numbers.items()]
     return [f"H = {heads}\n" + ", ".join(parts) for parts in zip(*columns, strict=True)]
+
+
+def draw_by_size(
+    kq: Float[Tensor, "heads width width"],
+    ov: Float[Tensor, "heads 1 width"],
+    models: Mapping[int, slice],
+    dim: int,
+) -> Figure:
+    """The circuits of models with different numbers of heads, sorted by omega, with omega and mu as titles.
+
+    Args:
+        models: number of heads -> where they lie.
+        dim: covariates of the task.
+    """
+    shown, titles = [], []
+    for heads, own in models.items():
+        omega = mean_diagonal(kq[own], dim)
+        order = omega.argsort()
+        shown.append((kq[own][order], ov[own][order]))
+        mu = last_entries(ov[own])[..., 0]
+        titles.append(head_titles(heads, ω=omega[order], μ=mu[order]))
+    return draw_circuits(shown, titles)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from reattend.attention.dense import causal_token_mask
 from reattend.attention.host import attach
 from reattend.attention.method import AttentionMethod
 from reattend.data.texts import TextSet
+from reattend.evidence.intervals import mean
 from reattend.long_context.act import SinkSurvey, attention_map, column_score, sinks
 
 
@@ -60,6 +62,12 @@ class LabelTask:
     words: dict[str, str]
     window: Sequence[int]
     text_of: Callable[[str], str] = str
+
+
+def first_sentence(article: str) -> str:
+    """The sentence behind the headline, which is the first line of a news article."""
+    body = re.sub(r"\s+", " ", article.partition("\n")[2]).strip()
+    return re.split(r"(?<=[.!?])\s", body)[0]
 
 
 def label_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
@@ -277,6 +285,22 @@ class Bank:
         """Probability of the right answer by guessing."""
         return 1 / (~self.absent).sum(dim=1).double()
 
+    @property
+    def over_chance(self) -> Float[np.ndarray, " items"]:
+        """Right without any method minus the probability of a right guess, points."""
+        return 100 * (self.right(self.dense) - self.chance).numpy()
+
+    def against_dense(self, scores: Float[Tensor, "items options"]) -> dict[str, float]:
+        """Accuracy in %, and mean changes of accuracy (points) and of `nll` against the dense answers."""
+        nll = (self.nll(scores) - self.nll(self.dense)).numpy()
+        right = 100 * (self.right(scores) - self.right(self.dense)).numpy()
+        return {
+            "accuracy": 100 * self.right(scores).mean().item(),
+            "accuracy - dense": right.mean(),
+            "NLL - dense, nats": nll.mean(),
+            "standard error": nll.std(ddof=1) / np.sqrt(len(nll)),
+        }
+
     def sink_flags(self, shuffled: bool = False, **settings) -> Bool[Tensor, "items layers heads"]:
         """Whether a prompt has a sink in a head; the settings are those of `sinks`."""
         layers, heads = self.seen[0][0].shape[1:3]
@@ -370,3 +394,54 @@ def flipped_means(
     """Mean changes of the heads by chance: the signs of an item's changes flipped, for all heads together."""
     signs = np.random.default_rng(seed).choice([-1, 1], size=(draws, changes.shape[1]))
     return signs @ changes.T / changes.shape[1]
+
+
+def heads_table(
+    heads: Sequence[tuple[int, int]],
+    rates: Float[Tensor, "layers all_heads"],
+    changes: Float[np.ndarray, "heads items"],
+    loss_changes: Float[np.ndarray, "heads items"],
+    by_chance: Float[np.ndarray, " heads"],
+    kept: Iterable[tuple[int, int]],
+) -> pd.DataFrame:
+    """What calibrating each head alone does, one row a head.
+
+    Args:
+        heads: (layer, head) of the rows.
+        rates: share of the prompts in which a head has a sink.
+        changes: of accuracy by item, points.
+        loss_changes: of the right label's loss by item, nats.
+        by_chance: standard deviation of the mean change of accuracy by chance, points.
+        kept: the heads that calibration chose.
+    """
+    kept = set(kept)
+    return pd.DataFrame(
+        {
+            "layer": [layer for layer, _ in heads],
+            "head": [head for _, head in heads],
+            "prompts with a sink, %": [100 * rates[head].item() for head in heads],
+            "accuracy change, points": changes.mean(axis=1),
+            "s.d. by chance": by_chance,
+            "answers that changed to right or wrong, %": np.abs(changes).mean(axis=1),
+            "NLL change, nats": loss_changes.mean(axis=1),
+            "kept": [head in kept for head in heads],
+        }
+    )
+
+
+def accuracy_table(
+    groups: Mapping[tuple[str, int], Mapping[str, np.ndarray]], methods: Sequence[str]
+) -> pd.DataFrame:
+    """Accuracy by task and number of examples, and ACT's gain over dense attention with its 95 % interval.
+
+    Args:
+        groups: (task, examples) -> method -> 100 for each right answer, item by item.
+        methods: the columns; empty where a group lacks one.
+    """
+    rows = []
+    for (task, shots), found in groups.items():
+        row = {"task": task, "examples": shots, "items": len(found["dense"])}
+        row |= {name: found[name].mean() if name in found else None for name in methods}
+        change = mean(found["ACT"] - found["dense"])
+        rows.append(row | {"ACT - dense": change.effect, "low": change.low, "high": change.high})
+    return pd.DataFrame(rows).sort_values(["examples", "task"], kind="stable")

@@ -259,3 +259,13 @@ def draw_region_sizes(scores: Mapping[str, Sequence[float]], colours: Mapping[st
     arm_points(axis, scores, colours)
     axis.set(xlabel="accuracy on displaced pairs (%)")
     return fig
+
+
+def draw_patterns(scores: Mapping[str, Sequence[float]]) -> Figure:
+    """Accuracy, %, of every attention pattern, every seed and the mean; chance (50 %) is dotted."""
+    fig, axis = plt.subplots(figsize=(8, 3.8))
+    colours = dict.fromkeys(scores, COLOURS[1]) | {"routed": COLOURS[0], "full": BASELINE}
+    arm_points(axis, scores, colours)
+    axis.axvline(50, color="0.5", linestyle=":")
+    axis.set(xlabel="accuracy on displaced pairs (%); dotted: chance")
+    return fig

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reattend.attention.host import attach
 from reattend.attention.method import AttentionMethod, BlockSparseMethod
 from reattend.data.needles import NeedleSample
+from reattend.evidence.intervals import mean
 from reattend.studies.prefill import DenseMaps
 
 
@@ -85,6 +86,15 @@ def answer(model: nn.Module, sample: NeedleSample, prefill: AbstractContextManag
         logits = torch.cat([logits, rest.logits[0]])
     prose_nll = F.cross_entropy(read.logits[0, :-1].float(), prompt[late]).item()
     return Answered(logits.float().log_softmax(-1)[scored], given[scored], prose_nll)
+
+
+def with_intervals(values: pd.DataFrame) -> dict[str, float]:
+    """Mean of each column with its 95 % interval, as "<column>", "<column>, low" and "<column>, high"."""
+    row: dict[str, float] = {}
+    for name in values:
+        found = mean(values[name].to_numpy())
+        row |= {name: found.effect, f"{name}, low": found.low, f"{name}, high": found.high}
+    return row
 
 
 class PromptReader:

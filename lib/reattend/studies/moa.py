@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from reattend.attention.blocks import block_count
 from reattend.attention.host import attach
 from reattend.data.long_tasks import prose_windows
 from reattend.data.needles import Haystack, NeedleSample, needle_samples
+from reattend.evidence.intervals import mean
 from reattend.long_context.moa import (
     Item,
     MoA,
@@ -31,6 +33,11 @@ from reattend.long_context.moa import (
 from reattend.studies.long_context import Answered
 
 TASK = "magic_numbers"
+
+METRICS = ["answer NLL", "prose NLL", "score"]
+
+Arm = tuple[str, float]
+"""A way to choose the plan, and its density."""
 
 
 # Texts
@@ -249,3 +256,87 @@ def true_loss(model: nn.Module, item: Item, plan: Plan | None) -> float:
     with nullcontext() if plan is None else attach(model, MoA(plan=plan)):
         logits = model(tokens[None], logits_to_keep=asked - 1, use_cache=False).logits[0]
     return F.cross_entropy(logits.float(), tokens[asked]).item()
+
+
+# Results
+
+
+def compared_rows(
+    model: nn.Module,
+    number: int,
+    sample: NeedleSample,
+    plans: Mapping[Arm, Mapping[int | str, Plan]],
+) -> list[dict]:
+    """One prompt read densely and under every plan: a row each, with its measures against the dense reading.
+
+    Args:
+        number: of the prompt.
+        plans: arm -> calibration draw ("all" for an arm that draws do not change) -> plan.
+    """
+    length = len(sample.prompt)
+    dense = read(model, sample, None)
+    where = {"length": length, "item": number, "distance": round(length * (1 - sample.depth))}
+    rows = [where | {"arm": "dense", "density": 1.0, "draw": "all"} | dense.compared(dense)]
+    for (arm, density), made in plans.items():
+        for draw, plan in made.items():
+            labels = {"arm": arm, "density": density, "draw": draw}
+            rows.append(where | labels | read(model, sample, plan).compared(dense))
+    return rows
+
+
+def part_of(results: pd.DataFrame, arm: str, density: float, length: int) -> pd.DataFrame:
+    """The rows of one arm at one prompt length."""
+    wanted = (results.arm == arm) & (results.density == density) & (results.length == length)
+    return results[wanted]
+
+
+def arms_table(
+    results: pd.DataFrame,
+    arms: Iterable[Arm],
+    length: int,
+    reported: Mapping[str, Mapping[str, float]],
+) -> pd.DataFrame:
+    """One row an arm: means over prompts and draws, with 95 % intervals over prompts, the paper's numbers beside.
+
+    Args:
+        results: rows of `compared_rows`.
+        reported: name of a column -> arm -> value.
+    """
+    table = []
+    for arm, density in arms:
+        by_item = part_of(results, arm, density, length).groupby("item")[METRICS].mean()
+        found, prose = (mean(by_item[metric].to_numpy()) for metric in METRICS[:2])
+        row = {"arm": arm, "density": density, "answer NLL": found.effect}
+        row |= {"low": found.low, "high": found.high}
+        row |= {"prose NLL": prose.effect, "exact match": by_item["score"].mean()}
+        table.append(row | {f"{name}, reported": has.get(arm) for name, has in reported.items()})
+    return pd.DataFrame(table)
+
+
+def above_dense(results: pd.DataFrame, arms: Sequence[str], length: int) -> pd.DataFrame:
+    """The rows of some arms at one length, both losses as rises above the same prompt's dense loss."""
+    rows = results[(results.length == length) & results.arm.isin(arms)].copy()
+    dense = part_of(results, "dense", 1.0, length).set_index("item")
+    for metric in METRICS[:2]:
+        rows[metric] -= dense[metric].reindex(rows["item"]).to_numpy()
+    return rows
+
+
+def by_arm(
+    frame: pd.DataFrame, key: str, column: str, names: Mapping[str, str]
+) -> dict[str, float]:
+    """Reported values of a column by our names of the arms; `names`: ours -> the paper's, in the column `key`."""
+    values = frame.set_index(key)[column]
+    return {ours: float(values[theirs]) for ours, theirs in names.items()}
+
+
+def largest_gap(
+    plans: Mapping[Arm, Mapping[int | str, Plan]], length: int, longer: Mapping[Arm, int]
+) -> float:
+    """Largest distance of a plan's density from its arm's, at one length and for some arms at a longer one too."""
+    return max(
+        abs(plan.density(tokens) - arm[1])
+        for arm, made in plans.items()
+        for plan in made.values()
+        for tokens in ([length, longer[arm]] if arm in longer else [length])
+    )

@@ -13,6 +13,26 @@ from reattend.plots import BASELINE, COLOURS, REPORTED, mean_curve, mean_point
 Numbers = Sequence[float] | Sequence[int] | np.ndarray
 
 
+def draw_features(features: np.ndarray, blocks: Sequence[str], pairs: Sequence[str]) -> Figure:
+    """Blocks of the features of some pairs as maps, one below the other, on one scale.
+
+    Args:
+        features: [pairs, blocks, width].
+        blocks: names of the blocks.
+        pairs: names of the pairs.
+    """
+    fig, axes = plt.subplots(len(blocks), 1, figsize=(9, 3.4), sharex=True)
+    style = {"cmap": "RdBu_r", "aspect": "auto", "interpolation": "nearest"}
+    for axis, block, name in zip(axes, features.transpose(1, 0, 2), blocks, strict=True):
+        shown = axis.imshow(block, vmin=-0.5, vmax=0.5, **style)
+        axis.set_yticks(range(len(pairs)), pairs)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=30)
+        axis.grid(False)
+    axes[-1].set_xlabel("feature of the top layer")
+    fig.colorbar(shown, ax=axes, pad=0.01)
+    return fig
+
+
 def draw_scores(
     scores: Mapping[str, Mapping[str, Numbers]],
     teachers: Mapping[str, float],

@@ -9,7 +9,7 @@ probes of a grid of rates differ in nothing else, so they are trained as one sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from reattend.vision.efficient_probing import Probe, knn_predict, project
+from reattend.vision.efficient_probing import (
+    Probe,
+    foreground_mass,
+    knn_predict,
+    mean_pairwise_correlation,
+    mean_pairwise_cosine,
+    project,
+)
 
 
 @dataclass(frozen=True)
@@ -267,6 +274,59 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
         if not front or value > front[-1][1]:
             front.append((cost, value))
     return front
+
+
+@torch.no_grad()
+def map_statistics(
+    pools: Sequence[nn.Module],
+    tokens: Float[Tensor, "items tokens dim"],
+    coverage: Float[Tensor, "items tokens"],
+    folds: Folds,
+) -> tuple[Float[np.ndarray, " pictures"], ...]:
+    """Likeness of the maps of every tested picture, under the pooling of its fold, and what they look at.
+
+    Args:
+        pools: one pooling with a method `maps` for each fold.
+        coverage: share of each token's patch that the object covers.
+
+    Returns:
+        in the order of `Folds.tested`: mean pairwise correlation, mean pairwise cosine, and attention on
+        the object in %.
+    """
+    found = []
+    for pool, chosen in zip(pools, folds.parts, strict=True):
+        maps = torch.cat([pool.maps(tokens[part]).cpu() for part in chosen.split(256)])
+        likeness = (mean_pairwise_correlation(maps), mean_pairwise_cosine(maps))
+        found.append(torch.stack([*likeness, foreground_mass(maps, coverage[chosen])]))
+    correlation, cosine, mass = torch.cat(found, 1).numpy()
+    return correlation, cosine, 100 * mass
+
+
+def folds_by_place(
+    cells: Mapping[tuple[str, str, int | float, str], ProbeRun],
+    kind: str,
+    encoders: Mapping[str, str],
+    probes: Sequence[str],
+) -> dict[str, dict[str, dict[int | float, np.ndarray]]]:
+    """Accuracy on each fold along one axis: encoder's title -> probe -> place -> accuracies in %.
+
+    Args:
+        cells: (kind of axis, encoder, place on it, probe) -> run.
+        kind: of the axis that is wanted.
+        encoders: encoder -> title.
+        probes: that are wanted.
+    """
+    return {
+        title: {
+            wanted: {
+                place: np.array(run.folds)
+                for (axis, encoder, place, probe), run in cells.items()
+                if (axis, encoder, probe) == (kind, name, wanted)
+            }
+            for wanted in probes
+        }
+        for name, title in encoders.items()
+    }
 
 
 # Costs ------------------------------------------------------------------------------------------------

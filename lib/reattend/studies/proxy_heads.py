@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
@@ -249,3 +250,67 @@ def speeds(
 
     settings = {"rounds": rounds, "synchronise": synchronise}
     return paired_ratio(dense, whole, **settings), paired_ratio(dense, selection, **settings)
+
+
+@torch.inference_mode()
+def layer_speeds(
+    layers: Iterable[tuple[Tensor, Tensor, float]],
+    gamma: float,
+    block_size: int,
+    rounds: int,
+    synchronise: Callable[[], None],
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Times as fast as dense attention of ProxyAttn and of mean-pooled blocks with its number of blocks.
+
+    ProxyAttn as published: stride 2, at least three blocks.
+
+    Args:
+        layers: query, key and scale of each.
+
+    Returns:
+        every round of every layer by method, and by "<method>, selection alone"; mean density by method.
+    """
+    names = ("ProxyAttn", "mean-pooled blocks")
+    whole: dict[str, list[float]] = {name: [] for name in names}
+    alone: dict[str, list[float]] = {name: [] for name in names}
+    densities: dict[str, list[float]] = {name: [] for name in names}
+    for query, key, scale in layers:
+        proxied = Planner(gamma=gamma, stride=2, min_budget=3 * block_size, block_size=block_size)
+        proxied.block_mask(query, key, scale=scale)
+        rows = key.shape[2] // block_size
+        pooled = Planned(by_pooled_blocks(block_size), level(proxied.plan, rows), block_size)
+        for name, made in zip(names, (proxied, pooled), strict=True):
+            of_whole, of_selection = speeds(made, query, key, scale, rounds, synchronise)
+            whole[name] += list(of_whole)
+            alone[name] += list(of_selection)
+            densities[name].append(made.density())
+    found = whole | {f"{name}, selection alone": values for name, values in alone.items()}
+    return found, {name: float(np.mean(values)) for name, values in densities.items()}
+
+
+# Costs and tables
+
+
+def estimate_shares(lengths: Sequence[int]) -> dict[str, list[float]]:
+    """Multiply-adds of estimating the blocks over full attention's scores, for 32 heads and blocks of 128.
+
+    Proxies add the attention of the last block's queries, in all heads, which sets the budgets.
+    """
+    last = [2 * 128 / length for length in lengths]
+    return {
+        "one proxy of 32 heads, s = 4": [1 / 512 + x for x in last],
+        "8 proxies, s = 4": [8 / 512 + x for x in last],
+        "antidiagonals, S = 8": [1 / 8] * len(lengths),
+        "mean-pooled blocks": [1 / 128**2] * len(lengths),
+    }
+
+
+def masses_table(masses: pd.DataFrame, costs: Mapping[str, float]) -> pd.DataFrame:
+    """Mass found by ranking and density, mean over windows, and the cost of the estimate where there is one.
+
+    Args:
+        masses: columns ranking, density and found.
+        costs: multiply-adds over full attention's scores, by ranking.
+    """
+    by_density = masses.pivot_table(index="ranking", columns="density", values="found", sort=False)
+    return by_density.join(pd.Series(costs, name="cost of the estimate")).reset_index()

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from reattend.assets.store import asset_path
 from reattend.data.scenes import CLASSES, make_scenes
 from reattend.vision import salient_relevance as method
 from reattend.vision.salient_relevance import Context, Rules
@@ -27,6 +30,13 @@ Maps = dict[str, Tensor]
 
 Scores = dict[str, np.ndarray]
 """Name of a measure -> one value for each picture."""
+
+
+def photograph(name: str, side: int = 224) -> UInt8[Tensor, "3 side side"]:
+    """The central square of a sample photograph, by its file's name."""
+    with Image.open(asset_path("sample_photos") / "skimage/data" / name) as opened:
+        picture = ImageOps.fit(opened.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).movedim(-1, 0)
 
 
 # Maps ---------------------------------------------------------------------------------------------
@@ -140,6 +150,14 @@ def shape_scores(
         "pointing": 100.0 * method.points_inside(maps, masks).numpy(),
         "overlap": 100 * method.intersection_over_union(top, masks).numpy(),
     }
+
+
+def means_table(scores: Mapping[str, Scores]) -> pd.DataFrame:
+    """Mean of every measure over the pictures, one row a map."""
+    return pd.DataFrame(
+        {"map": name} | {metric: values.mean() for metric, values in found.items()}
+        for name, found in scores.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -284,3 +302,67 @@ def by_outcome(
     """Positions of the first `most` scenes of each of `OUTCOMES`: which of two networks is right."""
     outcome = np.array(["neither", "only A", "only B", "both"])[right_a + 2 * right_b]
     return {name: np.flatnonzero(outcome == name)[:most] for name in OUTCOMES}
+
+
+def _each(values: Iterable[float], form: str) -> str:
+    """Values of all trainings in one cell of a table."""
+    return " ".join(format(value, form) for value in values)
+
+
+def stand_ins_table(
+    reported: pd.DataFrame, right: Mapping[tuple[str, int], Bool[np.ndarray, " scenes"]]
+) -> pd.DataFrame:
+    """The paper's networks beside ours, with the accuracy of every training.
+
+    Args:
+        reported: column "network": AlexNet and VGG-16.
+        right: (network, training) -> which test scenes it names.
+    """
+    accuracies = {
+        stand_in: _each(
+            [100 * r.mean() for (name, _), r in right.items() if name == stand_in], ".1f"
+        )
+        for stand_in in ("A", "B")
+    }
+    ours = pd.DataFrame({"network": ["AlexNet", "VGG-16"], "stand-in": list(accuracies)})
+    ours["accuracy of the stand-in, %"] = list(accuracies.values())
+    return reported.merge(ours, on="network")
+
+
+def outcomes_table(
+    gaps: Mapping[tuple[str, str], Float[np.ndarray, "trainings 4"]],
+) -> pd.DataFrame:
+    """Share of the maps inside the object by which network is right.
+
+    Args:
+        gaps: (map, outcome) -> scenes, share inside of A and of B, and B minus A, each training.
+    """
+    return pd.DataFrame(
+        {
+            "map": drawn_map,
+            "right": outcome,
+            "scenes a training": values[:, 0].mean(),
+            "inside, A": values[:, 1].mean(),
+            "inside, B": values[:, 2].mean(),
+            "B - A, each training": _each(values[:, 3], "+.1f"),
+        }
+        for (drawn_map, outcome), values in gaps.items()
+    )
+
+
+def marks_table(
+    on_mark: Mapping[tuple[str, str], Float[np.ndarray, "2 trainings"]],
+) -> pd.DataFrame:
+    """Energy and pointing on the planted mark by network and map.
+
+    Args:
+        on_mark: (network, map) -> energy and pointing in %, each training.
+    """
+    return pd.DataFrame(
+        {"network": name, "map": drawn_map}
+        | {
+            f"{metric} on the mark, %, each training": _each(values, ".1f")
+            for metric, values in zip(("energy", "pointing"), scores, strict=True)
+        }
+        for (name, drawn_map), scores in on_mark.items()
+    )

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from reattend.evidence.intervals import mean
 from reattend.plots import BASELINE, COLOURS
+from reattend.studies.relevance import OUTCOMES
+from reattend.vision.salient_relevance import top_area
 
 # Colour and dashes of each map.
 LINES = {
@@ -25,6 +27,49 @@ LINES = {
 
 Panel = tuple[str, Tensor, Tensor | None]
 """Title, picture (colours [3, h, w] or a map [h, w]), and the map whose level 0.5 is outlined, if any."""
+
+
+def map_rows(
+    leading: Sequence[Sequence[Panel]],
+    maps: Mapping[str, Tensor],
+    columns: Sequence[str],
+    outlined: float = 0.0,
+) -> list[list[Panel]]:
+    """Rows of a `gallery`: the leading panels of each picture, then its maps.
+
+    Args:
+        maps: by name, [pictures, h, w].
+        columns: names of the maps that are drawn.
+        outlined: brightest share of a map that is outlined; 0: none.
+    """
+
+    def outline(drawn: Tensor) -> Tensor | None:
+        return top_area(drawn[None], outlined)[0] if outlined else None
+
+    return [
+        [*first, *((name, maps[name][number], outline(maps[name][number])) for name in columns)]
+        for number, first in enumerate(leading)
+    ]
+
+
+def outcome_row(
+    title: str,
+    picture: Tensor,
+    guesses: Mapping[str, str],
+    maps: Mapping[str, Mapping[str, Tensor]],
+    outline: Tensor,
+) -> list[Panel]:
+    """A row of a `gallery`: a scene, and LRP and SR of each network for the class that it guesses.
+
+    Args:
+        guesses: network -> name of the class.
+        maps: network -> map -> [scenes, h, w]; the first scene is drawn.
+        outline: drawn on every map, [h, w].
+    """
+    row: list[Panel] = [(title, picture, None)]
+    for name, guess in guesses.items():
+        row += [(f"{m} of {name}:\n{guess}", maps[name][m][0], outline) for m in ("LRP", "SR")]
+    return row
 
 
 def gallery(rows: Sequence[Sequence[Panel]], panel: float = 0.88) -> Figure:
@@ -69,6 +114,42 @@ def draw_differences(
     axis.invert_yaxis()
     axis.set_xlabel("deletion AUC of SR minus that of the map (95 %)")
     axis.legend(fontsize=7)
+
+
+def draw_deletion(
+    curves: Mapping[str, np.ndarray],
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    shares: Sequence[float],
+) -> Figure:
+    """Deletion curves, and areas under those of SR minus those of every other map.
+
+    Args:
+        curves: by map, [shares, pictures]; those of `LINES` are drawn.
+        scores: map -> measure -> pictures; maps without "deletion" are left out.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=[1.2, 1])
+    draw_curves(axes[0], {name: curves[name] for name in LINES}, shares)
+    areas = {name: found["deletion"] for name, found in scores.items() if "deletion" in found}
+    others = [name for name in areas if not name.startswith("SR")]
+    draw_differences(axes[1], areas, ["SR", "SR, z+"], others)
+    return fig
+
+
+def draw_outcomes(gaps: Mapping[tuple[str, str], np.ndarray]) -> Figure:
+    """Share of SR and of LRP inside the object, network B minus network A, by which network is right.
+
+    Args:
+        gaps: (map, outcome) -> [trainings, 4], the difference last.
+    """
+    fig, axis = plt.subplots(figsize=(7, 2.8))
+    for place, name in enumerate(("SR", "LRP")):
+        points = {f"right: {kind}": gaps[name, kind][:, 3] for kind in OUTCOMES}
+        draw_groups(axis, points, LINES[name][0], 0.3 * place - 0.25, name)
+    axis.set_xlabel(
+        "share of the map inside the object, B minus A (points; dots: trainings, 95 % interval)"
+    )
+    axis.legend()
+    return fig
 
 
 def draw_groups(

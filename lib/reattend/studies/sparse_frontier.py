@@ -37,11 +37,14 @@ from reattend.long_context.sparse_frontier import (
     line_density,
     line_mass,
     logit,
+    max_compression,
     prefill_flops,
     quest_overhead,
     r_squared,
+    retained,
     vertical_slash_overhead,
 )
+from reattend.metrics import pseudo_values
 from reattend.studies.prefill import Capture, RandomLike
 from reattend.studies.recycled import follow
 
@@ -288,6 +291,97 @@ def relative_loss(
     return 1 - sparse.mean(0) / dense.mean(0)
 
 
+def mean_loss(
+    arrays: Mapping[str, Float[np.ndarray, "draws tasks"]],
+    method: str,
+    compressions: Sequence[float],
+) -> float:
+    """Relative loss of a method, mean over tasks and compressions; `arrays` as in `worst_beyond_median`."""
+    sparse = [arrays[f"{method} {c:g}"] for c in compressions]
+    return np.mean([relative_loss(arrays["dense"], scores).mean() for scores in sparse])
+
+
+def limits_table(
+    arrays: Mapping[str, Float[np.ndarray, "draws tasks"]],
+    methods: Sequence[str],
+    compressions: Sequence[float],
+    tasks: Sequence[str],
+) -> pd.DataFrame:
+    """Largest compression without loss of each task, one column a method; `arrays` as in `worst_beyond_median`."""
+    limits = {}
+    for method in methods:
+        sparse = np.stack([arrays[f"{method} {c:g}"] for c in compressions])
+        kept = retained(arrays["dense"].T, sparse.swapaxes(1, 2))
+        limits[method] = max_compression(np.array(compressions), kept)
+    return pd.DataFrame(limits, index=tasks).rename_axis("task").reset_index()
+
+
+def worst_beyond_median(
+    arrays: Mapping[str, Float[np.ndarray, "draws tasks"]],
+    methods: Sequence[str],
+    compression: float,
+) -> Float[np.ndarray, " draws"]:
+    """Loss of the worst task beyond 3 times the median loss, mean over the methods; pseudo-values of the draws.
+
+    Args:
+        arrays: scores by "dense" and "<method> <compression>".
+    """
+
+    def losses_of(arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        return [relative_loss(arrays["dense"], arrays[f"{m} {compression:g}"]) for m in methods]
+
+    # Which task is the worst and which are in the middle is chosen once, on all draws.
+    orders = [loss.argsort() for loss in losses_of(arrays)]
+    tasks = arrays["dense"].shape[1]
+    middle = slice((tasks - 1) // 2, tasks // 2 + 1)
+
+    def statistic(arrays: Mapping[str, np.ndarray]) -> float:
+        pairs = zip(losses_of(arrays), orders, strict=True)
+        beyond = [loss[order[-1]] - 3 * loss[order[middle]].mean() for loss, order in pairs]
+        return float(np.mean(beyond))
+
+    return pseudo_values(arrays, statistic)
+
+
+def methods_table(
+    results: pd.DataFrame, compressions: Sequence[float], chunk: int, page: int
+) -> pd.DataFrame:
+    """The six methods: phase, unit and budget; by compression the measured density, score and placebo's score.
+
+    Args:
+        results: columns method, compression, density and probability, of one prompt length.
+        chunk: of Block-Sparse, tokens.
+        page: of Quest, tokens.
+    """
+    taxonomy = [
+        ("Vertical-Slash", "prefill", "columns and diagonals", "fixed, equal for heads"),
+        ("FlexPrefill", "prefill", "columns and diagonals", "coverage of mass, per head and input"),
+        ("Block-Sparse", "prefill", f"chunks of {chunk}", "fixed, per query chunk"),
+        ("SnapKV", "decoding", "cache entries, once", "fixed, equal for heads"),
+        ("Ada-SnapKV", "decoding", "cache entries, once", "shared by the heads of a layer"),
+        ("Quest", "decoding", f"pages of {page}, for every token", "fixed, equal for heads"),
+    ]
+    table = pd.DataFrame(taxonomy, columns=["method", "phase", "unit", "budget"])
+    for c in compressions:
+        found = results[results.compression == c].groupby("method")
+        for label, column in (("density", "density"), ("score", "probability")):
+            table[f"{label}, 1/{c:g}"] = table.method.map(found[column].mean())
+        table[f"placebo's score, 1/{c:g}"] = table.method.map(PLACEBOS).map(
+            found.probability.mean()
+        )
+    return table.dropna(axis=1, how="all")
+
+
+def tasks_table(results: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
+    """Answer probability and share of right answers of dense attention by task and prompt length."""
+    dense = results[results.method == "dense"]
+    means = dense.groupby(["task", "length"])[["probability", "right"]].mean()
+    table = means.unstack("length").loc[list(tasks)]
+    names = {"probability": "answer probability", "right": "share right"}
+    table.columns = [f"{names[measure]}, {length}" for measure, length in table.columns]
+    return table.reset_index()
+
+
 # Small Llamas at equal cost -----------------------------------------------------------------------
 
 SMALL = Sizes(last_queries=16, sink=2, local=2)
@@ -343,6 +437,39 @@ def small_llamas_at(
                 row = {"method": method, "width": width, "length": length, "compression": c}
                 rows.append(row | {"density": share, "cost": cost, "score": score.mean()})
     return pd.DataFrame(rows), scores
+
+
+def exchanges(
+    small: pd.DataFrame,
+    scores: Mapping[tuple, Float[np.ndarray, " prompts"]],
+    pairs: Sequence[tuple[int, int]],
+    length: int,
+    method: str = "Vertical-Slash",
+) -> tuple[dict[str, Float[np.ndarray, " prompts"]], dict[tuple[int, int], list[float]]]:
+    """A smaller model against a larger and sparser one that costs at most as much as the smaller one does dense.
+
+    Args:
+        small: cost by method, width, length and compression, from `small_llamas_at`.
+        scores: (method, width, length, compression) -> one score a prompt.
+        pairs: widths, the smaller one first.
+
+    Returns:
+        scores by "<larger> for <smaller>", at the largest budget that is affordable (0 where none is),
+        "<larger> dense" and "<smaller> at <compression>", for every compression up to that cost; and the
+        larger model's affordable compressions by pair.
+    """
+    arrays, affordable = {}, {}
+    for less, more in pairs:
+        here = small[(small.method == method) & (small.length == length)]
+        cost = here.set_index(["width", "compression"]).cost
+        offered = {w: cost[w][cost[w] <= cost[less, 1.0]].index.tolist() for w in (less, more)}
+        affordable[less, more] = offered[more]
+        dense = scores[method, more, length, 1.0]
+        least = [scores[method, more, length, min(offered[more])]] if offered[more] else []
+        arrays[f"{more} for {less}"] = least[0] if least else np.zeros(len(dense))
+        arrays[f"{more} dense"] = dense
+        arrays |= {f"{less} at {c:g}": scores[method, less, length, c] for c in offered[less]}
+    return arrays, affordable
 
 
 @torch.inference_mode()
