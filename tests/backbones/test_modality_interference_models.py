@@ -22,7 +22,7 @@ from reattend.backbones.trained.modality_interference import (
     pooled,
     swapped,
 )
-from reattend.multimodal_llm.modality_interference import IGNORED
+from reattend.multimodal_llm.modality_interference import IGNORED, js_consistency
 
 SMALL = replace(SETTINGS["smoke"], base_steps=3, steps=2, groups=2)
 
@@ -197,8 +197,9 @@ def test_arms_have_the_terms_that_they_name(data):
         model, terms = fit_arm(name, base, data, 0)
         arm = ARMS[name]
         assert terms.shape == (2, 3)
-        assert (terms[:, 1] > 0).all() == (arm.attack is not None), name
-        assert (terms[:, 2] > 0).all() == (arm.consistency is not None), name
+        for term, there in ((1, arm.attack), (2, arm.consistency)):
+            found = terms[:, term]
+            assert (found == 0).all() if there is None else (found > 0).all(), name
         changed = [
             not torch.equal(a, b)
             for a, b in zip(model.parameters(), base.parameters(), strict=True)
@@ -206,6 +207,25 @@ def test_arms_have_the_terms_that_they_name(data):
         assert any(changed)
     with pytest.raises(ValueError, match="unknown arm 'KL'; there are: D_VQA"):
         fit_arm("KL", base, data, 0)
+
+
+@pytest.mark.parametrize("name", ["JS", "JS released", "JS swapped"])
+def test_consistency_of_an_arm_compares_with_the_origins_that_it_names(data, name):
+    base, _ = fit_base("base", data, 0)
+    terms = fit_arm(name, base, data, 0)[1]
+    rows = next(arm_batches(Maker(data, 1000), ARMS[name]))  # the first batch, before any step
+    batch, released = rows.batch(base), name == "JS released"
+    logits = rows.reader(base)(batch.embeddings)[:, -1 if released else -2]
+    partners = [1, 0, 3, 2] if name == "JS swapped" else [0, 1, 2, 3]
+    parts = [
+        js_consistency(
+            logits[rows.origins[first + partner]][None],
+            logits[rows.origins[first + item] + 1 : rows.origins[first + item + 1]][:, None],
+        )
+        for first in (0, 8)
+        for item, partner in enumerate(partners)
+    ]
+    assert terms[0, 2].item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-4)
 
 
 def test_objectives_of_placebos_keep_the_ball_and_drop_the_idea(data):

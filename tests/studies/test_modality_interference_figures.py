@@ -39,6 +39,13 @@ def test_ablation_has_a_row_for_each_arm():
     scores["log-odds"] = scores["accuracy"]
     figure = draw_ablation(scores, {"accuracy": {"full": 98.9}})
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["D_AUG", "full"]
+    crosses = [
+        (line.get_xdata()[0], line.get_ydata()[0])
+        for axis in figure.axes
+        for line in axis.lines
+        if line.get_marker() == "x"
+    ]
+    assert crosses == [(98.9, 1.3)]
     plt.close(figure)
 
 

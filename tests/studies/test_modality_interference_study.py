@@ -10,6 +10,7 @@ from reattend.backbones.trained.modality_interference import (
     SmallVLM,
 )
 from reattend.data.interference_items import NOUNS
+from reattend.multimodal_llm.modality_interference import answer_loss
 from reattend.studies.modality_interference import (
     Answers,
     answers,
@@ -59,6 +60,14 @@ def test_answers_do_not_depend_on_the_answer_or_on_other_rows(data, model):
     before = answers(model, asked).scores
     asked.tokens[:, -1] = 3
     torch.testing.assert_close(answers(model, asked).scores, before)
+
+
+def test_answers_are_read_where_training_predicts_them(data, model):
+    asked = image_heavy(data, 1, seed=1).conditions["misleading"]
+    batch = asked.batch(model)
+    loss = answer_loss(asked.reader(model)(batch.embeddings), batch.labels)
+    found = answers(model, asked).scores.gather(1, asked.right[:, None])
+    assert -found.mean().item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
