@@ -192,3 +192,12 @@ def test_readers_start_alike_and_leave_the_network_alone():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(not torch.equal(r.reader.head.weight, start[n]) for n, r in readers.items())
     assert list(untrained_readers(SMALL, 0, short=False)) == ["all"]
+
+
+def test_readers_that_are_trained_together_do_not_disturb_each_other():
+    model, setting = network("zero init"), replace(SMALL, reader_steps=5)
+    alone, together = (
+        fit_readers(setting, model, untrained_readers(setting, 0, short=short), 0)["all"]
+        for short in (False, True)
+    )
+    assert alone == pytest.approx(together, abs=1e-6)

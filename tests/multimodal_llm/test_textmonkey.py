@@ -255,13 +255,20 @@ def test_the_branch_follows_the_paper_line_by_line(seed):
 def test_weights_stay_between_neighbours_and_are_those_of_the_forward_pass():
     grid = CropGrid(1, 2, 6, 6)
     module = cross_window(grid, seed=0)
-    weights = module.weights(drawn(2, 2, 36, 8))
+    crops = drawn(2, 2, 36, 8)
+    weights = module.weights(crops)
     close(weights.sum(-1), torch.ones(2, 3, 72).double())
     column = torch.arange(72) % 12
     part = (column >= 3).int() + (column >= 9).int()
     apart = part[:, None] != part[None]
     assert weights[:, :, apart].max() < 1e-6
     assert weights[:, :, ~apart].min() > 0
+    block, page = module.shift_attn, grid.stitch(crops)
+    narrow = block.downsample(module.placed(page)).flatten(1, 2)
+    values = block.attn.qkv(block.norm1(narrow)).chunk(3, -1)[2].unflatten(-1, (3, 4))
+    read = block.attn.proj((weights @ values.transpose(1, 2)).transpose(1, 2).flatten(2))
+    branch = block.mlp(block.norm2(narrow + read)).view_as(page)
+    close(module(crops), grid.cut(page + branch))
 
 
 def test_the_official_mask_lets_the_ends_of_a_page_see_each_other():

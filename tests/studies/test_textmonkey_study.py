@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
@@ -191,4 +190,3 @@ def test_documents_are_marked_where_tokens_are_alike():
     veil = figure.axes[1].images[-1].get_array()[..., 3]
     assert np.argwhere(veil > 0).tolist() == [[1, 2]]
     assert "6 %" in figure.axes[1].get_title()
-    assert isinstance(study.score_table({}), pd.DataFrame)

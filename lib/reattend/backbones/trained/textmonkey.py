@@ -56,12 +56,13 @@ class Setting:
     """What one profile trains.
 
     Attributes:
-        fonts, size, noise: of the pages.
+        fonts, size, noise: of the pages: names, pixels of the letters, standard deviation (ink is 0 to 1).
         width, blocks, heads: of the vision transformer; a module stands before each block but the first.
         batch: pages of a step.
         steps, arm_steps, reader_steps: of the networks, of the modules, of the readers.
         rate: largest learning rate.
         keep: numbers of tokens that are kept of the page's.
+        seeds: how many of each are trained.
     """
 
     fonts: tuple[str, ...]
