@@ -25,6 +25,7 @@ from reattend.studies.fastervlm import (
     of_pictures,
     selections,
     type_accuracy,
+    type_shares,
 )
 from reattend.trunks.visual_tokens import top_tokens
 from reattend.trunks.vlm import NO_PATCH, Rows, VisionLanguageModel, VLMShape, last_asked
@@ -165,6 +166,18 @@ def test_the_average_is_the_papers(album):
     assert np.isfinite(average_percent(right, 0 * right, album)).all()
 
 
+def test_shares_of_a_type_are_one_number_a_picture_and_average_to_its_accuracy(album):
+    generator = torch.Generator().manual_seed(1)
+    right = (torch.rand(len(album.answer), generator=generator) < 0.6).float()
+    found, wanted = type_shares(right, album), type_accuracy(right, album)
+    assert found.keys() == wanted.keys()
+    for name, values in found.items():
+        assert values.shape == (7,)
+        assert values.mean() == pytest.approx(wanted[name])
+        asked = [any(q.type == name for q in some) for some in album.asked]
+        assert not values[~np.array(asked)].any()
+
+
 def test_draws_are_averaged_and_questions_too(album):
     n = len(album.answer)
     a, b = (
@@ -240,6 +253,6 @@ def test_timed_prompts_read_what_they_should(reader):
         assert [found[name, share].length for share in (0.5, 0.75)] == [8 + words, 4 + words]
     assert found["FastV", 0.5].positions.max() == N + words - 1
     assert found["FasterVLM", 0.5].positions.max() == 8 + words - 1
-    wanted = scores[:, :].topk(4).indices.sort(1).values
+    wanted = scores.topk(4).indices.sort(1).values
     kept = found["FasterVLM", 0.75].patches
     assert torch.equal(kept[kept != NO_PATCH].view(7, 4), wanted)

@@ -159,7 +159,7 @@ def test_generation_continues_a_prompt_whose_tokens_were_dropped_inside():
         model.generate(prompt_of(model), 1)
 
 
-@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("layer", [0, 1, 2])
 def test_keeping_every_patch_changes_nothing_and_dropping_some_does(layer):
     model = model_of()
     everything = torch.stack([torch.randperm(15), torch.randperm(15)])
@@ -171,7 +171,7 @@ def test_keeping_every_patch_changes_nothing_and_dropping_some_does(layer):
     same = model.answers(model.read(prompt_of(model), before_layer=keep(everything)))
     torch.testing.assert_close(same, dense, atol=1e-12, rtol=0)
     other = model.answers(model.read(prompt_of(model), before_layer=keep(everything[:, :5])))
-    assert (other - dense).abs().max() == 0 if layer == 3 else (other - dense).abs().max() > 0.05
+    assert (other - dense).abs().max() > 0.05
 
 
 def test_patches_dropped_before_a_layer_are_patches_hidden_from_it():

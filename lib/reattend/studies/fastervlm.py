@@ -477,8 +477,8 @@ def group_rho(
 ) -> Float[np.ndarray, " groups"]:
     """Spearman's rho of index and attention, of the mean curve of every `group` pictures in turn.
 
-    The paper's rho is that of a mean curve; a rank correlation is no mean over pictures, and a single picture's curve
-    is mostly content, so groups are the points. Pictures beyond the last whole group are left out.
+    The paper draws mean curves; a rank correlation is no mean over pictures, and a single picture's curve is mostly
+    content, so groups are the points. Pictures beyond the last whole group are left out.
     """
     count = len(curves) // group
     means = curves[: count * group].reshape(count, group, -1).mean(1)
@@ -521,7 +521,7 @@ def prefill_runs(
 ) -> dict[tuple[str, float], Callable[[], object]]:
     """Prompts of one question each, read unpruned, with FasterVLM's and with FastV's pruning; choosing included.
 
-    The tower is left out: it reads every picture whole in all three.
+    The tower is left out, and with it the row of [CLS]: it reads every picture whole in all three.
 
     Args:
         counts: removed share -> tokens kept.
