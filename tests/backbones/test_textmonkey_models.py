@@ -135,7 +135,7 @@ def short(choice, keep, resample=False, seed=0):
 
 
 @pytest.mark.parametrize("keep", [36, 18])
-@pytest.mark.parametrize("choice", {*CHOICES, *BARE})
+@pytest.mark.parametrize("choice", sorted({*CHOICES, *BARE}))
 def test_sequences_have_the_length_they_should(choice, keep):
     reader, x = short(choice, keep), tokens()
     assert reader.latents(x).shape == (3, keep, 8)
