@@ -21,7 +21,6 @@ ARM_COLOURS = {
     "FixedSeqQK": COLOURS[9],
     "StaticEmbQK": COLOURS[1],
 }
-WHERE = {"uniform": "o", "hybrid": "D"}
 
 
 def colour(arm: str) -> str:

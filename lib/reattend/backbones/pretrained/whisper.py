@@ -38,7 +38,6 @@ BINS = 80  # of the mel scale
 WINDOW = 30.0  # seconds the model was trained with
 PROMPT = (50257, 50362)  # start of transcript, no time stamps
 END = 50256  # end of text
-BLANK = 220  # a lone space: like END, Whisper never begins with it
 
 _LAYERS, _HEADS, _WIDTH, _WORDS = 4, 6, 384, 51864
 _TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
