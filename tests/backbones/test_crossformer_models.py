@@ -133,18 +133,26 @@ def test_training_learns_what_is_easy(arm):
     assert losses[-5:].mean() < 0.2 * losses[0]
 
 
-def test_arms_of_one_seed_read_the_same_pictures(monkeypatch):
-    seen = {"CEL": [], "SDA only": []}
-    for arm, rows in seen.items():
+def test_arms_of_one_seed_read_the_same_pictures_and_seeds_do_not(monkeypatch):
+    seen = {("CEL", 1): [], ("SDA only", 1): [], ("CEL", 2): []}
+    for (arm, seed), rows in seen.items():
         monkeypatch.setattr(
             build,
             "cross_entropy",
             lambda model, batch, rows=rows: rows.append(batch[0]) or model(batch[0]).square().sum(),
         )
-        build.fit(arm, SMOKE, *two_kinds(), seed=1)
-    assert len(seen["CEL"]) == 2
-    for left, right in zip(*seen.values(), strict=True):
-        assert torch.equal(left, right)
+        build.fit(arm, SMOKE, *various(), seed=seed)
+    first, same_seed, other_seed = (torch.stack(rows) for rows in seen.values())
+    assert len(first) == 2
+    assert torch.equal(first, same_seed)
+    assert not torch.equal(first, other_seed)
+
+
+def various(count=64):
+    """Canvases of different brightness, and labels."""
+    labels = torch.arange(count) % 2
+    levels = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
+    return levels.expand(-1, 1, 32, 32).contiguous(), labels
 
 
 def test_building_and_reading_back(tmp_path, monkeypatch):
