@@ -96,7 +96,17 @@ def test_random_deals_differ_by_seed_and_cover_the_map():
 def test_every_canvas_is_read_once_at_cpu():
     cpu = SETTINGS["cpu"]
     for arm in ARMS.values():
-        assert cpu.of(arm).steps * cpu.batch <= cpu.train_canvases
+        training = cpu.of(arm)
+        assert training.steps * training.batch <= cpu.train_canvases
+
+
+def test_arms_that_are_close_have_more_seeds_and_all_begin_with_the_same():
+    cpu = SETTINGS["cpu"]
+    assert [cpu.seeds(ARMS[arm]) for arm in ("LSDA", "table")] == [range(5, 13)] * 2
+    for arm in ("no bias", "random groups", "CEL"):
+        assert cpu.seeds(ARMS[arm]) == range(5, 9)
+    assert "spatial reduction" not in cpu.arms
+    assert set(SETTINGS["gpu"].arms) == set(ARMS)
 
 
 def test_unknown_arms_are_refused():
@@ -115,39 +125,47 @@ def two_kinds(count=64):
 
 @pytest.mark.parametrize("arm", ["CEL", "random groups"])
 def test_training_learns_what_is_easy(arm):
-    longer = {
-        kind: replace(getattr(SMOKE, kind), steps=60, rate=1e-2) for kind in ("pyramid", "flat")
-    }
-    setting = replace(SMOKE, batch=16, **longer)
+    longer = {"batch": 16, "steps": 60, "rate": 1e-2}
+    setting = replace(
+        SMOKE, pyramid=replace(SMOKE.pyramid, **longer), flat=replace(SMOKE.flat, **longer)
+    )
     _, losses = build.fit(arm, setting, *two_kinds(), seed=0)
     assert losses[-5:].mean() < 0.2 * losses[0]
 
 
-def test_arms_of_one_seed_read_the_same_pictures(monkeypatch):
-    seen = {"CEL": [], "SDA only": []}
-    for arm, rows in seen.items():
+def test_arms_of_one_seed_read_the_same_pictures_and_seeds_do_not(monkeypatch):
+    seen = {("CEL", 1): [], ("SDA only", 1): [], ("CEL", 2): []}
+    for (arm, seed), rows in seen.items():
         monkeypatch.setattr(
             build,
             "cross_entropy",
             lambda model, batch, rows=rows: rows.append(batch[0]) or model(batch[0]).square().sum(),
         )
-        build.fit(arm, SMOKE, *two_kinds(), seed=1)
-    assert len(seen["CEL"]) == 2
-    for left, right in zip(*seen.values(), strict=True):
-        assert torch.equal(left, right)
+        build.fit(arm, SMOKE, *various(), seed=seed)
+    first, same_seed, other_seed = (torch.stack(rows) for rows in seen.values())
+    assert len(first) == 2
+    assert torch.equal(first, same_seed)
+    assert not torch.equal(first, other_seed)
+
+
+def various(count=64):
+    """Canvases of different brightness, and labels."""
+    labels = torch.arange(count) % 2
+    levels = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
+    return levels.expand(-1, 1, 32, 32).contiguous(), labels
 
 
 def test_building_and_reading_back(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "backbone_path", lambda name, profile: tmp_path)
     build.build(tmp_path, "smoke")
     setting, trained = SMOKE, build.load("smoke")
-    assert list(trained.models) == list(ARMS)
+    assert list(trained.models) == [arm for arm in ARMS if arm != "spatial reduction"]
     pixels, labels = build.garment_canvases("train", setting.train_canvases, seed=0)
     for arm in ("CEL", "table", "random groups"):
-        assert trained.losses[arm].shape == (2, setting.of(ARMS[arm]).steps)
-        for seed, model in enumerate(trained.models[arm]):
+        assert trained.losses[arm].shape == (3 if arm == "table" else 2, 2)
+        for seed, model in zip(setting.seeds(ARMS[arm]), trained.models[arm], strict=True):
             again, losses = build.fit(arm, setting, pixels, labels, seed)
-            assert torch.equal(losses, trained.losses[arm][seed])
+            assert torch.equal(losses, trained.losses[arm][seed - build.FIRST_SEED])
             assert torch.equal(again.head.weight, model.head.weight)
             assert not model.training
     assert trained.pixels.shape == (setting.test_canvases, 1, 32, 32)

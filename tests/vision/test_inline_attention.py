@@ -1,6 +1,7 @@
 """Oracles of InLine attention: explicit weights, plain loops, invariances, closed forms, official sizes."""
 
 import math
+import zlib
 
 import pytest
 import torch
@@ -414,6 +415,26 @@ def test_names_are_those_of_the_official_checkpoints():
     layers = ["patch_embed.proj", "norm", "head", *(f"blocks.0.{name}" for name in block)]
     expected = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     assert set(model.state_dict()) == expected | {"cls_token", "pos_embed"}
+
+
+def waves(name, shape):
+    """Numbers of a fixed pattern, another one for every name."""
+    phase = zlib.crc32(name.encode()) % 1000
+    count = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (0.3 * torch.sin(phase + 1.7 * count)).view(shape)
+
+
+def test_official_numbers():
+    """Of the official network and its first layer, on weights, tokens and pictures made of waves."""
+    model = InlineDeiT(DeiTSize(8, 2, 2, 20, 4), 3, channels=2).double()
+    model.load_state_dict({name: waves(name, p.shape) for name, p in model.state_dict().items()})
+    out = model.blocks[0].attn(5 * waves("tokens", (2, 26, 8)))
+    found = torch.stack([out[0, 0, 0], out[0, 7, 3], out[1, 25, 7], out.mean(), out.std()])
+    layer = [-0.1898833, -0.3287778, -0.8704199, -0.0763684, 0.6802367]
+    close(found, torch.tensor(layer).double(), atol=2e-7, rtol=0)
+    network = [[-0.4549252, 0.3981746, 0.5086849], [-0.4548649, 0.3982506, 0.5087023]]
+    logits = model(20 * waves("pictures", (2, 2, 20, 20)))
+    close(logits, torch.tensor(network).double(), atol=2e-7, rtol=0)
 
 
 @pytest.mark.parametrize("class_token", [True, False])

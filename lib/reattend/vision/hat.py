@@ -74,9 +74,10 @@ def attend_windows(
         mask: pairs that may see each other, in every window of a map; None: all.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (queries, keys, values))
-    logits = q * q.shape[-1] ** -0.5 @ k.mT + bias
     if mask is not None:
-        logits = logits.masked_fill(~mask[:, :, None], -math.inf)
+        # Masked before it is added: the logits of all pictures would be larger.
+        bias = bias.masked_fill(~mask[:, :, None], -math.inf)
+    logits = q * q.shape[-1] ** -0.5 @ k.mT + bias
     return (logits.softmax(-1) @ v).transpose(-3, -2).flatten(-2)
 
 

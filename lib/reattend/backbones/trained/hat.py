@@ -245,14 +245,14 @@ WINDOWS = HATConfig(
     dim=16, groups=1, blocks=2, heads=4, window=8, compress=2, squeeze=2, alpha=0.1, conv=False
 )
 SMALLER = replace(WINDOWS, heads=2, window=4)
-SIGN_ARMS = (*tuple(ARMS)[:4], "+ CAB, blind")
+SIGN_ARMS = (*tuple(ARMS)[1:4], "+ CAB, blind")
 GAIN_ARMS = ("SwinIR", "+ CAB", "+ CAB, blind", "HAT", "HAT, placebo", *RIVALS)
-SIGNS = Task("displaced signs", SIGN_ARMS, WINDOWS, 16, 300, 12, 5e-3, distance=2)
+SIGNS = Task("displaced signs", SIGN_ARMS, WINDOWS, 16, 200, 12, 5e-3, distance=2)
 GAIN = Task("faint gain", GAIN_ARMS, SMALLER, 24, 400, 8, 5e-3, noise=5.0)
 PHOTOGRAPHIC = HATConfig(dim=24, groups=1, blocks=2, heads=3, window=8, squeeze=6, alpha=0.1)
 LARGER = HATConfig(dim=48, groups=2, blocks=4, heads=6, window=16, squeeze=12)
 FEW_PARTS = ("SwinIR", "HAT", "HAT, placebo", "RCAN")
-DENOISING = Restoration(FEW_PARTS, PHOTOGRAPHIC, 1, 25 / 255, 32, 200, 8, 2e-3)
+DENOISING = Restoration(FEW_PARTS, PHOTOGRAPHIC, 1, 25 / 255, 24, 200, 8, 2e-3)
 ALL_PARTS = ("SwinIR", "+ OCAB", "+ CAB", "HAT", "HAT, placebo", *RIVALS)
 SETTINGS = {
     "smoke": Setting(
