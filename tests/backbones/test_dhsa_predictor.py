@@ -1,5 +1,6 @@
 """The build of DHSA's boundary predictor, on a model of two small layers."""
 
+import random
 import types
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reattend.backbones.trained import dhsa
-from reattend.backbones.trained.dhsa import boundary_loss, drawn, new_predictor
+from reattend.backbones.trained.dhsa import boundary_loss, drawn, new_predictor, stretch
 from reattend.long_context.dhsa import focal_loss
 
 
@@ -27,7 +28,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(
         dhsa, "chapters", lambda side: [f"A text of {n} words. " * 30 for n in "abc"]
     )
-    monkeypatch.setattr(dhsa, "LAYERS", 2)
+    monkeypatch.setattr(dhsa, "STRETCH", 40)
     monkeypatch.setitem(dhsa.SETTINGS, "smoke", dhsa.Setting(3, 60, 8))
     return model
 
@@ -62,12 +63,35 @@ def test_the_loss_is_over_whole_windows_alone(small):
 
 
 def test_every_document_comes_before_any_comes_again():
-    data = [[(torch.tensor(n), torch.tensor(k)) for k in range(9)] for n in range(5)]
+    data = [
+        [(torch.full((300,), n), torch.full((300,), 1.0 + k)) for k in range(4)] for n in range(12)
+    ]
     batches = drawn(data)
-    for _ in range(3):
-        epoch = [next(batches) for _ in range(5)]
-        assert sorted(int(batch[0][0]) for batch in epoch) == list(range(5))
-        assert all(len({int(layer) for _, layer in batch}) == dhsa.LAYERS for batch in epoch)
+    steps = [next(batches) for _ in range(6)]
+    assert all(len(step) == dhsa.STRETCHES == 8 for step in steps)
+    documents = [int(keys[0]) for step in steps for keys, _ in step]
+    for epoch in range(4):
+        assert sorted(documents[12 * epoch :][:12]) == list(range(12))
+    layers = {float(ratios[10]) for step in steps for _, ratios in step}
+    assert layers == {1.0, 2.0, 3.0, 4.0}
+
+
+def test_a_stretch_knows_no_label_where_its_windows_are_cut():
+    """Window 4: the first three and the last four logits see zeros in place of keys."""
+    keys, ratios = torch.arange(200.0)[:, None], torch.arange(200.0) + 1
+    begins = set()
+    for seed in range(20):
+        part, known = stretch(keys, ratios, random.Random(seed))
+        begin = int(part[0])
+        assert part[:, 0].tolist() == list(range(begin, begin + dhsa.STRETCH))
+        assert torch.isneginf(known[[0, 1, 2, -4, -3, -2, -1]]).all()
+        assert known[3:-4].tolist() == list(range(begin + 4, begin + dhsa.STRETCH - 3))
+        begins.add(begin)
+    assert len(begins) > 10
+    assert min(begins) >= 0
+    assert max(begins) <= 200 - dhsa.STRETCH
+    assert ratios.isfinite().all()  # what is given stays as it was
+    assert len(stretch(keys[:50], ratios[:50], random.Random(0))[0]) == 50
 
 
 def test_sides_share_no_chapter(monkeypatch):

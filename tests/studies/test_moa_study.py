@@ -65,17 +65,19 @@ def planner(**other):
     return Planner([256, 320], 640, **(settings | other))
 
 
+DRAW = {
+    "texts": 2,
+    "validation": 400,
+    "held_out": 2,
+    "seed": 1,
+    "distractors": 1,
+    "latest": 0.45,
+}
+
+
 @pytest.fixture(scope="module")
 def calibration(model, haystack):
-    settings = {
-        "texts": 2,
-        "validation": 400,
-        "held_out": 2,
-        "seed": 1,
-        "distractors": 1,
-        "latest": 0.45,
-    }
-    return calibrate(model, haystack, planner(), **settings)
+    return calibrate(model, haystack, planner(), kinds=("answers", "prose"), **DRAW)
 
 
 def text_of(tokens):
@@ -177,6 +179,13 @@ def test_profiles_are_those_of_their_texts(model, haystack, calibration):
         "both": 2,
     }
     assert {len(item.tokens) for items in calibration.held_out.values() for item in items} == {400}
+
+
+def test_a_draw_of_one_kind_has_that_kind_alone(model, haystack, calibration):
+    found = calibrate(model, haystack, planner(), kinds=("answers",), **DRAW)
+    assert set(found.profiles) == set(found.held_out) == {"answers"}
+    for length, profile in found.profiles["answers"].items():
+        assert torch.equal(profile.influence, calibration.profiles["answers"][length].influence)
 
 
 def test_the_plan_of_least_true_loss_is_taken(model, calibration):

@@ -145,7 +145,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class Calibration:
-    """One draw of calibration texts: answered prompts, plain prose, or both together.
+    """One draw of calibration texts, of the kinds "answers" (answered prompts), "prose" and, of both together, "both".
 
     Attributes:
         profiles: kind -> length -> profile.
@@ -161,6 +161,7 @@ def calibrate(
     haystack: Haystack,
     planner: Planner,
     *,
+    kinds: Sequence[str],
     texts: int,
     validation: int,
     held_out: int,
@@ -168,25 +169,29 @@ def calibrate(
     distractors: int,
     latest: float,
 ) -> Calibration:
-    """Profiles on `texts` texts of every length and kind, and `held_out` texts of the length `validation`."""
+    """Profiles on `texts` texts of every length and kind, and `held_out` texts of the length `validation`.
 
-    def drawn(length: int, count: int, seed: int) -> dict[str, list[Item]]:
-        return {
-            "answers": answered_prompts(haystack, length, count, seed, distractors, latest),
-            "prose": prose(haystack, length, count, seed),
-        }
-
-    profiles: dict[str, dict[int, Profile]] = {"answers": {}, "prose": {}}
-    for length in planner.lengths:
-        for kind, items in drawn(length, texts, seed).items():
-            (profile,) = profile_influence(model, items, block_size=planner.block_size)
-            profiles[kind][length] = profile
-    profiles["both"] = {
-        n: Profile((profiles["answers"][n].influence + profiles["prose"][n].influence) / 2)
-        for n in planner.lengths
+    Args:
+        kinds: "answers", "prose" or the two, which give "both" as well.
+    """
+    made = {
+        "answers": lambda *size: answered_prompts(haystack, *size, seed, distractors, latest),
+        "prose": lambda *size: prose(haystack, *size, seed),
     }
-    held = drawn(validation, held_out, seed)
-    held["both"] = [one[0] for one in held.values()]
+    profiles: dict[str, dict[int, Profile]] = {kind: {} for kind in kinds}
+    for length in planner.lengths:
+        for kind in kinds:
+            items = made[kind](length, texts)
+            (profiles[kind][length],) = profile_influence(
+                model, items, block_size=planner.block_size
+            )
+    held = {kind: made[kind](validation, held_out) for kind in kinds}
+    if len(kinds) > 1:
+        profiles["both"] = {
+            n: Profile(sum(profiles[kind][n].influence for kind in kinds) / len(kinds))
+            for n in planner.lengths
+        }
+        held["both"] = [items[0] for items in held.values()]
     return Calibration(profiles, held)
 
 

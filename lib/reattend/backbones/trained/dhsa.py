@@ -27,7 +27,10 @@ from reattend.long_context.dhsa import LABEL_RATIO, BoundaryPredictor, Teacher, 
 from reattend.training.loop import TrainingPlan, train
 
 WINDOW, HIDDEN = 4, 64
-LAYERS = 2  # drawn for each step
+STRETCHES, STRETCH = (
+    8,
+    128,
+)  # of a step: of so many documents one layer's keys, so many tokens of each
 RATE = 2e-3
 
 # Of one document and layer: its keys, [tokens, channels], and the ratios of their attention, [tokens].
@@ -45,7 +48,7 @@ class Setting:
 
 SETTINGS = {
     "smoke": Setting(2, 96, 4),
-    "cpu": Setting(24, 512, 800),
+    "cpu": Setting(52, 512, 1400),
     "gpu": Setting(48, 2048, 3000),
 }
 
@@ -95,11 +98,21 @@ def boundary_loss(predictor: nn.Module, batch: Sequence[Layer]) -> Tensor:
 
 
 def drawn(data: Sequence[list[Layer]]) -> Iterator[list[Layer]]:
-    """One document a step, all of them before any comes again, and some of its layers."""
+    """Stretches of several documents a step, of one layer each; all documents before any comes again."""
     draw = random.Random(0)
-    for _ in itertools.count():
-        for document in draw.sample(data, len(data)):
-            yield draw.sample(document, LAYERS)
+    order = (one for _ in itertools.count() for one in draw.sample(data, len(data)))
+    while True:
+        some = itertools.islice(order, STRETCHES)
+        yield [stretch(*draw.choice(document), draw) for document in some]
+
+
+def stretch(keys: Tensor, ratios: Tensor, draw: random.Random) -> Layer:
+    """A random part of a layer, or all of a short one, without labels where its windows are cut."""
+    begin = draw.randrange(max(1, len(keys) - STRETCH + 1))
+    part = slice(begin, begin + STRETCH)
+    ratios = ratios[part].clone()
+    ratios[: WINDOW - 1] = ratios[-WINDOW:] = -torch.inf
+    return keys[part], ratios
 
 
 def build(target: Path, profile: str) -> None:
