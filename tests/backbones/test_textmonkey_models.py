@@ -22,6 +22,7 @@ from reattend.backbones.trained.textmonkey import (
     fit_arm,
     fit_readers,
     fit_whole_page,
+    left,
     merged,
     opened,
     page_loss,
@@ -112,7 +113,7 @@ def test_pages_that_are_read_once_are_those_that_a_network_reads():
     for (entering, pages), expected in zip(batches, drawn, strict=True):
         assert torch.equal(pages.pixels, expected.pixels)
         assert not entering.requires_grad
-        found = model.scores(model.leaving(entering))
+        found = model.scores(left(model, [(entering, pages)])[0][0])
         torch.testing.assert_close(found, model(expected.pixels))
 
 
@@ -138,7 +139,7 @@ def test_a_network_of_the_whole_page_is_trained_all_through():
     base = network()
     start = {name: value.clone() for name, value in base.state_dict().items()}
     whole, losses = fit_whole_page(SMALL, base, 0)
-    assert len(losses) == SMALL.arm_steps
+    assert len(losses) == 2 * SMALL.arm_steps
     fresh = opened(base, SMALL).state_dict()
     assert all(not torch.equal(value, fresh[name]) for name, value in whole.state_dict().items())
     assert all(torch.equal(base.state_dict()[name], value) for name, value in start.items())
@@ -234,7 +235,7 @@ def test_readers_start_alike_and_leave_the_network_alone():
     readers = untrained_readers(SMALL, 0, short=True)
     start = {name: reader.reader.head.weight.clone() for name, reader in readers.items()}
     assert all(torch.equal(weight, start["all"]) for weight in start.values())
-    losses = fit_readers(SMALL, model, readers, entered(model, SMALL, SMALL.reader_steps, 3000))
+    losses = fit_readers(SMALL, readers, left(model, entered(model, SMALL, 1, 3000)))
     assert set(losses) == set(readers)
     assert all(len(values) == SMALL.reader_steps for values in losses.values())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -243,17 +244,17 @@ def test_readers_start_alike_and_leave_the_network_alone():
 
 
 def test_rivals_are_trained_at_the_smallest_number():
-    names = list(untrained_readers(replace(SMALL, keep=(36, 18)), 0, short=True))
+    names = list(untrained_readers(replace(SMALL, keep=(36, 18), bare=BARE), 0, short=True))
     assert names[:2] == ["all", "36 similarity + resampler"]
     expected = [f"18 {name} + resampler" for name in CHOICES] + [f"18 {name}" for name in BARE]
     assert names[2:] == expected
 
 
 def test_readers_that_are_trained_together_do_not_disturb_each_other():
-    model, setting = network("zero init"), replace(SMALL, reader_steps=5)
-    pages = entered(model, setting, setting.reader_steps, 3000)
+    model, setting = network("zero init"), replace(SMALL, reader_steps=6)
+    pages = left(model, entered(model, setting, 3, 3000))
     alone, together = (
-        fit_readers(setting, model, untrained_readers(setting, 0, short=short), pages)["all"]
+        fit_readers(setting, untrained_readers(setting, 0, short=short), pages)["all"]
         for short in (False, True)
     )
     assert alone == pytest.approx(together, abs=1e-6)

@@ -192,7 +192,7 @@ def test_attention_says_how_much_lies_beyond_the_border():
 
 
 def test_early_losses_stand_above_the_start():
-    losses = {"no module": torch.ones(3, 40), "zero init": 1 + torch.arange(40.0).expand(3, -1)}
+    losses = {"no module": torch.ones(3, 40), "zero init": 1 + torch.arange(40.0).expand(2, -1)}
     first, whole = draw_early_losses(losses, "no module", bins=4).axes
     assert first.lines[0].get_ydata().tolist() == [0, 1, 2, 3]
     assert whole.lines[0].get_xdata().tolist() == [5.5, 15.5, 25.5, 35.5]

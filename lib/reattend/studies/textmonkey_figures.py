@@ -113,10 +113,13 @@ def draw_scores(panels: Mapping[str, Points], label: str = "NLL of a digit, nats
 def draw_early_losses(
     losses: Mapping[str, Float[Tensor, "seeds steps"]], start: str, bins: int = 20
 ) -> Figure:
-    """Training loss of arms above that of `start` on the same pages: the first tenth of the steps, and all in bins."""
+    """Training loss of arms above that of `start` on the same pages: the first tenth of the steps, and all in bins.
+
+    An arm may have fewer seeds than `start`, its first.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
     for arm in (arm for arm in losses if arm != start):
-        above = (losses[arm].double() - losses[start].double()).numpy()
+        above = (losses[arm].double() - losses[start][: len(losses[arm])].double()).numpy()
         style = "--" if arm == "zero scale" else "-"
         for axis, last in zip(axes, (max(2, above.shape[1] // 10), above.shape[1]), strict=True):
             size = max(1, last // bins)
