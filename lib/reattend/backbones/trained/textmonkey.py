@@ -519,7 +519,7 @@ SETTINGS = {
         arm_steps=12,
         reader_steps=2,
         keep=(36,),
-        seeds=range(3),
+        seeds=range(4),
         few=3,
     ),
     "cpu": PAPER,
