@@ -177,7 +177,7 @@ def draw_shift(
     axes[4].axhline(0, color=BASELINE, lw=0.8)
     axes[4].axvline(layer, color=BASELINE, lw=0.8, ls=":")
     axes[4].set(title="rho of index and attention", xlabel="LM layer", ylim=(-1.05, 1.05))
-    axes[5].legend(*axes[4].get_legend_handles_labels(), fontsize=8, loc="center left")
+    axes[4].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.05, 0.5))
     return figure
 
 
