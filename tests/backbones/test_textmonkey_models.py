@@ -1,6 +1,7 @@
 """The arms of TextMonkey's study: what is frozen and shared, what placebos cannot do, how sequences are shortened."""
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -17,9 +18,15 @@ from reattend.backbones.trained.textmonkey import (
     PlaceReader,
     ShortReader,
     add_windows,
+    entered,
     fit_arm,
     fit_readers,
+    fit_whole_page,
+    left,
     merged,
+    opened,
+    page_loss,
+    pages_of,
     place_loss,
     token_loss,
     untrained,
@@ -86,7 +93,8 @@ def test_modules_of_a_seed_share_their_numbers_and_their_size():
 
 def test_an_arm_trains_module_and_head_alone():
     base = network()
-    trained, losses = fit_arm("default init", SMALL, base, 0)
+    pages = entered(base, SMALL, SMALL.arm_steps, 2000)
+    trained, losses = fit_arm("default init", SMALL, base, pages, 0)
     assert len(losses) == 2
     start = base.state_dict()
     for name, value in trained.state_dict().items():
@@ -97,12 +105,53 @@ def test_an_arm_trains_module_and_head_alone():
     assert "1.shift_attn.downsample.weight" in moved
 
 
+def test_pages_that_are_read_once_are_those_that_a_network_reads():
+    model = network("default init")
+    batches = entered(model, SMALL, 3, 7)
+    drawn = list(islice(pages_of(SMALL, 7, "cpu"), 3))
+    assert len(batches) == 3
+    for (entering, pages), expected in zip(batches, drawn, strict=True):
+        assert torch.equal(pages.pixels, expected.pixels)
+        assert not entering.requires_grad
+        found = model.scores(left(model, [(entering, pages)])[0][0])
+        torch.testing.assert_close(found, model(expected.pixels))
+
+
+def test_an_opened_network_reads_the_page_with_the_same_weights():
+    base = network()
+    whole = opened(base, SMALL).eval()
+    assert reaches_right(whole)
+    assert not reaches_right(base)
+    positions = whole.positions.view(6, 12, -1)
+    assert torch.equal(positions[:, :6], base.positions.view(6, 6, -1))
+    assert torch.equal(positions[:, 6:], base.positions.view(6, 6, -1))
+    for name, value in base.state_dict().items():
+        assert name == "positions" or torch.equal(whole.state_dict()[name], value)
+    with torch.no_grad():  # no token reads another: then crops or page are the same
+        for model in (base, whole):
+            for block in model.blocks:
+                block.proj.weight.zero_()
+    blank = torch.zeros(1, 24, 48)
+    torch.testing.assert_close(whole(blank)[:, :, 1:5], base(blank)[:, :, 1:5])
+
+
+def test_a_network_of_the_whole_page_is_trained_all_through():
+    base = network()
+    start = {name: value.clone() for name, value in base.state_dict().items()}
+    whole, losses = fit_whole_page(SMALL, base, 0)
+    assert len(losses) == 2 * SMALL.arm_steps
+    fresh = opened(base, SMALL).state_dict()
+    assert all(not torch.equal(value, fresh[name]) for name, value in whole.state_dict().items())
+    assert all(torch.equal(base.state_dict()[name], value) for name, value in start.items())
+
+
 def test_losses_count_digits_that_are_there():
     model = network()
     scores = model(PAGES.pixels)
     asked = PAGES.labels != UNASKED
     expected = F.cross_entropy(scores[asked], PAGES.labels[asked])
-    torch.testing.assert_close(token_loss(model, PAGES), expected)
+    torch.testing.assert_close(token_loss(scores, PAGES), expected)
+    assert page_loss(model, PAGES) == token_loss(scores, PAGES)
     places = torch.randn(6, 3, 10, generator=torch.Generator().manual_seed(1))
     expected = F.cross_entropy(places[PAGES.present], PAGES.digits[PAGES.present])
     torch.testing.assert_close(place_loss(places, PAGES), expected)
@@ -186,7 +235,7 @@ def test_readers_start_alike_and_leave_the_network_alone():
     readers = untrained_readers(SMALL, 0, short=True)
     start = {name: reader.reader.head.weight.clone() for name, reader in readers.items()}
     assert all(torch.equal(weight, start["all"]) for weight in start.values())
-    losses = fit_readers(SMALL, model, readers, 0)
+    losses = fit_readers(SMALL, readers, left(model, entered(model, SMALL, 1, 3000)))
     assert set(losses) == set(readers)
     assert all(len(values) == SMALL.reader_steps for values in losses.values())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -194,10 +243,18 @@ def test_readers_start_alike_and_leave_the_network_alone():
     assert list(untrained_readers(SMALL, 0, short=False)) == ["all"]
 
 
+def test_rivals_are_trained_at_the_smallest_number():
+    names = list(untrained_readers(replace(SMALL, keep=(36, 18), bare=BARE), 0, short=True))
+    assert names[:2] == ["all", "36 similarity + resampler"]
+    expected = [f"18 {name} + resampler" for name in CHOICES] + [f"18 {name}" for name in BARE]
+    assert names[2:] == expected
+
+
 def test_readers_that_are_trained_together_do_not_disturb_each_other():
-    model, setting = network("zero init"), replace(SMALL, reader_steps=5)
+    model, setting = network("zero init"), replace(SMALL, reader_steps=6)
+    pages = left(model, entered(model, setting, 3, 3000))
     alone, together = (
-        fit_readers(setting, model, untrained_readers(setting, 0, short=short), 0)["all"]
+        fit_readers(setting, untrained_readers(setting, 0, short=short), pages)["all"]
         for short in (False, True)
     )
     assert alone == pytest.approx(together, abs=1e-6)

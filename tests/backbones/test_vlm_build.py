@@ -13,9 +13,11 @@ from reattend.backbones.reports.vlm import (
     commonest,
     depth_table,
     draw_looks,
+    lettered,
     looked_at,
     loss_table,
     one_of_each,
+    options_table,
     right_answers,
 )
 from reattend.backbones.trained.vlm import (
@@ -40,6 +42,7 @@ from reattend.data.vlm_questions import (
     NOTHING,
     PAD,
     TYPES,
+    Question,
     encode,
     patch_contents,
     scene_questions,
@@ -233,6 +236,33 @@ def test_depth_keeps_all_patches_up_to_the_layer_at_which_they_go(given):
         counts = by_picture(given, whole, kind)
         assert table[kind].iloc[-1] == pytest.approx(100 * counts["a"].sum() / counts["b"].sum())
     assert (table[list(TYPES)].iloc[0] != table[list(TYPES)].iloc[-1]).any()
+
+
+def test_letters_stand_for_the_answer_and_three_others():
+    random, question = np.random.default_rng(0), Question("where", "where is bird ?", "lower-left")
+    drawn = [lettered(question, random) for _ in range(40)]
+    assert all(set(words) == set(TYPES["where"]) for words in drawn)
+    assert {words.index("lower-left") for words in drawn} == {0, 1, 2, 3}
+    kinds = [
+        lettered(Question("kind", "what is upper-left ?", CLASSES[0]), random) for _ in range(40)
+    ]
+    assert all(len(set(words)) == 4 and CLASSES[0] in words for words in kinds)
+    assert set().union(*kinds) == set(CLASSES)
+
+
+def test_the_right_letter_is_that_of_the_likeliest_words(given):
+    model = untrained(SMOKE.shape)
+    first = Exam(given.scenes, given.tokens[:4], given.asked[:4])
+    table = options_table(model, first).set_index("type")
+    assert list(table.index) == ["kind", "largest", "count", "colour", "where"]
+    assert (table[[f"says {a}" for a in "ABCD"]].sum(axis=1) - 100).abs().max() < 1e-9
+    asked = [[q.type == "where" for q in of] for of in first.asked]
+    assert table.questions["where"] == sum(map(sum, asked))
+    # All options of "where" are always offered: then the letter says what the answer in words says.
+    hits = right_answers(first, answer(model, first))
+    counts = by_picture(first, hits, "where")
+    expected = 100 * counts["a"].sum() / counts["b"].sum()
+    assert float(table["right letter"]["where"].split()[0]) == pytest.approx(expected, rel=5e-3)
 
 
 def test_the_report_says_what_was_asked_answered_and_looked_at(given):

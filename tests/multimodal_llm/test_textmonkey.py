@@ -278,7 +278,7 @@ def test_the_official_mask_lets_the_ends_of_a_page_see_each_other():
     for official in (True, False):
         module = cross_window(grid, window=12, seed=0, official_mask=official)
         most = module.weights(x)[..., apart].max()
-        assert most > 1e-3 if official else most < 1e-6
+        assert most > 1e-3 if official else most == 0
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -291,7 +291,7 @@ def test_only_shifted_windows_cross_the_border(seed):
         found = set()
         for token in range(36):
             grad = torch.autograd.grad(module(crops)[0, 0, token].sum(), crops)[0]
-            if grad[0, 1].abs().max() > 1e-9:  # a masked pair weighs exp(-100)
+            if grad[0, 1].abs().max() > 0:  # a masked pair weighs nothing
                 found.add(token % 6)
         assert found == columns
 

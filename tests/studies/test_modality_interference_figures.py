@@ -35,9 +35,11 @@ def test_conditions_draw_reported_values_at_their_rows():
 
 
 def test_ablation_has_a_row_for_each_arm():
-    scores = {"accuracy": {"D_AUG": [1.0, 2.0, 3.0], "full": [2.0, 3.0, 4.0]}}
-    scores["log-odds"] = scores["accuracy"]
-    figure = draw_ablation(scores, {"accuracy": {"full": 98.9}})
+    right, odds = ("misleading text", "accuracy, per cent"), ("misleading text", "log-odds, nats")
+    scores = {right: {"D_AUG": [1.0, 2.0, 3.0], "full": [2.0, 3.0, 4.0]}}
+    scores[odds] = scores[right]
+    figure = draw_ablation(scores, {right: {"full": 98.9}})
+    assert [(axis.get_title(), axis.get_xlabel()) for axis in figure.axes] == [right, odds]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["D_AUG", "full"]
     crosses = [
         (line.get_xdata()[0], line.get_ydata()[0])

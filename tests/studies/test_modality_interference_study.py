@@ -62,6 +62,19 @@ def test_answers_do_not_depend_on_the_answer_or_on_other_rows(data, model):
     torch.testing.assert_close(answers(model, asked).scores, before)
 
 
+@pytest.mark.parametrize("condition", ["origin", "unrelated"])
+def test_answers_of_many_items_are_put_together_in_their_order(data, model, condition):
+    asked = image_heavy(data, 5, seed=1).conditions[condition]
+    logits = asked.reader(model)(model.embed(asked.pictures, asked.tokens))[:, -2]
+    expected = logits.log_softmax(-1).gather(1, asked.options)
+    assert len(expected) == 45  # more than are computed together
+    for rows in (32, 7, 45):
+        found = answers(model, asked, rows)
+        torch.testing.assert_close(found.scores, expected)
+        assert torch.equal(found.right, asked.right)
+    assert torch.equal(answers(model, asked).scores, answers(model, asked, 32).scores)
+
+
 def test_answers_are_read_where_training_predicts_them(data, model):
     asked = image_heavy(data, 1, seed=1).conditions["misleading"]
     batch = asked.batch(model)

@@ -12,8 +12,11 @@ from transformers import Dinov2Config, Dinov2Model
 from reattend.backbones.trained.textmonkey import (
     CROPS,
     SETTINGS,
+    LinearReader,
+    PageModels,
     ShortReader,
     untrained,
+    untrained_readers,
 )
 from reattend.data.digit_pages import BORDER, INNER
 from reattend.plots import COLOURS
@@ -32,6 +35,7 @@ from reattend.studies.textmonkey_figures import (
 SMALL = SETTINGS["smoke"]
 PAGES = study.test_pages(SMALL, 9)
 NETWORK = untrained(SMALL, CROPS, 0).eval()
+TOKENS = study.tokens_of(NETWORK, PAGES)
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +45,11 @@ def _close_figures():
 
 
 def test_test_pages_are_the_same_for_all():
-    assert torch.equal(PAGES.pixels, study.test_pages(replace(SMALL, seeds=8), 9).pixels)
+    assert torch.equal(PAGES.pixels, study.test_pages(replace(SMALL, seeds=range(8)), 9).pixels)
 
 
 def test_the_weak_reader_reads_the_token_in_the_middle():
-    found = study.read_tokens(NETWORK, PAGES)
+    found = study.read_tokens(NETWORK, TOKENS, PAGES)
     scores = NETWORK(PAGES.pixels).detach()
     for page, place in ((0, 0), (4, BORDER), (8, 2)):
         row, column = PAGES.rows[page, place] // 4, PAGES.columns[page, place] // 4
@@ -77,6 +81,33 @@ def test_scores_by_seed_keep_their_order():
     assert study.by_seed(table.iloc[::-1], "a", "all NLL").tolist() == [3, 1]
 
 
+def test_all_is_read_with_each_network_s_own_tokens():
+    readers = [untrained_readers(SMALL, seed, short=False) for seed in (0, 1)]
+    networks = {arm: [untrained(SMALL, CROPS, s).eval() for s in (0, 1)] for arm in ("a", "b")}
+    linear = [LinearReader() for _ in range(2)]
+    found = study.read_all(PageModels(networks, {"b": readers}, linear, {}), PAGES)
+    assert list(found.weak) == ["a", "b", "linear on pixels"]
+    assert list(found.strong) == ["b"]
+    for seed in (0, 1):
+        seen = study.tokens_of(networks["b"][seed], PAGES)
+        assert torch.equal(found.tokens["b"][seed], seen)
+        expected = study.read_places(readers[seed]["all"], seen, PAGES)
+        assert torch.equal(found.strong["b"][seed]["all"].nll, expected.nll)
+    assert not torch.equal(found.weak["a"][0].nll, found.weak["a"][1].nll)
+
+
+def test_readers_of_fewer_tokens_are_means_by_number_and_choice():
+    nll = torch.ones(9, 3)
+    names = ["all", "36 similarity + resampler", "18 most similar"]
+    readings = {n: [study.Reading(PAGES, k * nll, PAGES.digits) for k in (3, 2)] for n in names}
+    found = study.shorter_table(study.score_table(readings), {"18 most similar": 7.0})
+    assert found.tokens.tolist() == [72, 36, 18]
+    assert found.choice.tolist() == ["all", "similarity + resampler", "most similar"]
+    assert found["all NLL"].tolist() == [2.5] * 3
+    assert found["kept of the digits' tokens, %"].tolist()[2] == 7
+    assert found["kept of the digits' tokens, %"].isna().tolist() == [True, True, False]
+
+
 def test_the_early_loss_leaves_out_the_first_step():
     losses = torch.arange(40.0).expand(2, -1)
     assert study.early_loss(losses).tolist() == [2, 2]  # steps 2, 3 and 4
@@ -86,16 +117,16 @@ def test_what_is_kept_of_pages_and_of_digits():
     torch.manual_seed(0)
     every = ShortReader("all", 72, False, SMALL.width, SMALL.heads, 0)
     stride = ShortReader("stride", 36, False, SMALL.width, SMALL.heads, 0)
-    assert study.kept_places(NETWORK, every, PAGES).all()
-    assert study.kept_of_digits(NETWORK, every, PAGES) == 100
-    kept = study.kept_places(NETWORK, stride, PAGES)
+    assert study.kept_places(every, TOKENS).all()
+    assert study.kept_of_digits(every, TOKENS, PAGES) == 100
+    kept = study.kept_places(stride, TOKENS)
     assert kept.shape == (9, 2, 36)
     assert kept[0, 1].nonzero().flatten().tolist() == list(range(0, 36, 2))
     column = PAGES.columns[PAGES.present] // 4
     expected = 100 * (column % 2 == 0).double().mean().item()
-    assert study.kept_of_digits(NETWORK, stride, PAGES) == pytest.approx(expected)
-    reading = study.read_places(NETWORK, every, PAGES)
-    scores = every(NETWORK.tokens(PAGES.pixels).flatten(1, 2), PAGES.tokens)
+    assert study.kept_of_digits(stride, TOKENS, PAGES) == pytest.approx(expected)
+    reading = study.read_places(every, TOKENS, PAGES)
+    scores = every(TOKENS.flatten(1, 2), PAGES.tokens)
     assert torch.equal(reading.answers, scores.argmax(-1))
 
 
@@ -111,6 +142,17 @@ def test_tokens_of_crops_come_crop_after_crop(monkeypatch):
     found = study.page_tokens(vit, pages, 2, 4)[..., 0]
     assert found.shape == (3, 16)
     torch.testing.assert_close(found[1, 6], pages[1, 0, 2:4, 4:6].float().mean())
+
+
+def test_the_layers_that_are_left_say_what_they_said():
+    torch.manual_seed(0)
+    shape = Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=28)
+    vit = Dinov2Model(shape).eval()
+    pages = torch.randint(0, 255, (2, 3, 28, 28)).byte()
+    before = study.page_tokens(vit, pages, 1, 28)
+    cut = study.first_layers(vit)
+    assert len(cut.encoder.layer) == study.LAYER < shape.num_hidden_layers
+    assert torch.equal(study.page_tokens(cut, pages, 1, 28), before)
 
 
 def test_similarity_and_shares():
@@ -150,7 +192,7 @@ def test_attention_says_how_much_lies_beyond_the_border():
 
 
 def test_early_losses_stand_above_the_start():
-    losses = {"no module": torch.ones(3, 40), "zero init": 1 + torch.arange(40.0).expand(3, -1)}
+    losses = {"no module": torch.ones(3, 40), "zero init": 1 + torch.arange(40.0).expand(2, -1)}
     first, whole = draw_early_losses(losses, "no module", bins=4).axes
     assert first.lines[0].get_ydata().tolist() == [0, 1, 2, 3]
     assert whole.lines[0].get_xdata().tolist() == [5.5, 15.5, 25.5, 35.5]
@@ -168,10 +210,12 @@ def test_pages_are_drawn_with_what_was_read():
 
 
 def test_resampler_and_what_is_reported():
-    arms = {"similarity + resampler": np.array([1.0, 2, 3]), "random": np.array([2.0, 3, 4])}
-    reported = {36: {"all": 64.8, "similarity": 62.5}}
-    figure = draw_resampler({36: arms, 18: arms}, np.ones(3), reported, "TextVQA")
+    arms = {"36 similarity + resampler": np.array([1.0, 2, 3]), "18 random": np.array([2.0, 3, 4])}
+    reported = {"all": 64.8, "similarity": 62.5}
+    figure = draw_resampler(arms, np.ones(3), reported, "TextVQA")
     assert diamonds(figure.axes[0]) == [2, 3]
+    colours = [line.get_color() for line in figure.axes[0].lines if line.get_marker() == "D"]
+    assert colours == [COLOURS[0], COLOURS[1]]
     assert [bar.get_width() for bar in figure.axes[-1].patches] == [64.8, 62.5]
 
 

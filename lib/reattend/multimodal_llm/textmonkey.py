@@ -21,8 +21,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MASKED = -100.0
-"""Added to the score of a pair that may not see each other (as in the official code)."""
+MASKED = -1e4
+"""Added to the score of a pair that may not see each other, so that its weight is zero. The official code adds -100:
+e^-100 is subnormal in single precision, and a CPU multiplies by such numbers several times more slowly."""
 
 
 # Crops and windows --------------------------------------------------------------------------------

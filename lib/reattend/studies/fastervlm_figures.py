@@ -153,7 +153,9 @@ def draw_shift(
         rho: payer -> rho of the mean curve in each layer; one value for the tower.
         permuted: the last token's curve once patches were put in random order before the model.
     """
-    figure, axes = plt.subplots(1, 5, figsize=(16, 3.2))
+    figure, grid = plt.subplots(2, 3, figsize=(10, 5.6))
+    axes = grid.ravel()
+    axes[5].axis("off")
     for axis, (name, values) in zip(axes, curves.items(), strict=False):
         means = values.mean(0)
         error = 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
@@ -162,9 +164,10 @@ def draw_shift(
         axis.fill_between(index, means - error, means + error, color="black", alpha=0.25, lw=0)
         axis.set(title=PAYERS[name], xlabel="token index")
     axes[0].set_ylabel("attention, mean")
+    axes[3].set_ylabel("attention, mean")
     axes[3].plot(np.arange(1, permuted.shape[1] + 1), permuted.mean(0), color=COLOURS[3], lw=1.2,
                  label="patches in random order")  # fmt: skip
-    axes[3].legend(fontsize=7)
+    axes[3].legend(fontsize=8)
     for name in ("image", "text", "last"):
         place = list(PAYERS).index(name)
         axes[4].plot(
@@ -174,7 +177,7 @@ def draw_shift(
     axes[4].axhline(0, color=BASELINE, lw=0.8)
     axes[4].axvline(layer, color=BASELINE, lw=0.8, ls=":")
     axes[4].set(title="rho of index and attention", xlabel="LM layer", ylim=(-1.05, 1.05))
-    axes[4].legend(fontsize=7)
+    axes[4].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.05, 0.5))
     return figure
 
 
@@ -246,7 +249,7 @@ def draw_layers(
         axis.axhline(line, color=COLOURS[3], lw=1, ls="--", label=name)
         axis.set(xlabel="layer", ylabel=label, title=title)
         axis.set_xticks(list(values))
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.3))
     ends = np.array([axes[0].get_ylim(), axes[2].get_ylim()])
     for axis in (axes[0], axes[2]):
         axis.set_ylim(ends[:, 0].min(), ends[:, 1].max())

@@ -92,14 +92,14 @@ def draw_conditions(
 
 
 def draw_ablation(
-    scores: Mapping[str, Mapping[str, Sequence[float]]],
-    reported: Mapping[str, Mapping[str, float]],
+    scores: Mapping[tuple[str, str], Mapping[str, Sequence[float]]],
+    reported: Mapping[tuple[str, str], Mapping[str, float]],
 ) -> Figure:
     """A panel for each measure, a row for each arm: seeds, mean, interval; grey crosses: the paper.
 
     Args:
-        scores: measure -> arm -> seeds.
-        reported: measure -> arm -> the paper's value.
+        scores: (title, measure with its unit) -> arm -> seeds.
+        reported: the same -> arm -> the paper's value.
     """
     figure, axes = plt.subplots(1, len(scores), figsize=(4 * len(scores), 4.4), sharey=True)
     for axis, (measure, found) in zip(axes, scores.items(), strict=True):
@@ -108,7 +108,7 @@ def draw_ablation(
             if arm in reported.get(measure, {}):
                 axis.plot(reported[measure][arm], row + 0.3, "x", color=REPORTED, ms=6, mew=2)
         axis.set_yticks(range(len(found)), list(found))
-        axis.set_title(measure)
+        axis.set(title=measure[0], xlabel=measure[1])
     axes[0].invert_yaxis()
     return figure
 

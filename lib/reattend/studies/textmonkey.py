@@ -15,12 +15,14 @@ from transformers import Dinov2Model
 
 from reattend.backbones.pretrained.vit import hidden_states
 from reattend.backbones.trained.textmonkey import (
+    CROPS,
     LinearReader,
+    PageModels,
     PageNetwork,
     Setting,
     ShortReader,
 )
-from reattend.data.digit_pages import BORDER, INNER, DigitPages
+from reattend.data.digit_pages import BORDER, COLUMNS, INNER, ROWS, DigitPages
 from reattend.multimodal_llm.textmonkey import CropGrid, partition, redundant_tokens
 
 TEST_SEED = 99
@@ -85,22 +87,30 @@ def _reading(scores: Float[Tensor, "pages 3 digits"], pages: DigitPages) -> Read
 
 
 @torch.no_grad()
-def read_tokens(network: PageNetwork, pages: DigitPages) -> Reading:
-    """The weakest reader: the network's linear head on the one token in the middle of each digit."""
+def tokens_of(network: PageNetwork, pages: DigitPages) -> Float[Tensor, "pages crops tokens dim"]:
+    """What readers see of pages: the network's tokens."""
     device = network.head.weight.device
-    scores = torch.cat([network(part.to(device)).cpu() for part in pages.pixels.split(100)])
+    return torch.cat([network.tokens(part.to(device)).cpu() for part in pages.pixels.split(100)])
+
+
+@torch.no_grad()
+def read_tokens(
+    network: PageNetwork, tokens: Float[Tensor, "pages crops tokens dim"], pages: DigitPages
+) -> Reading:
+    """The weakest reader: the network's linear head on the one token in the middle of each digit."""
+    scores = network.scores(tokens.to(network.head.weight.device)).cpu()
     places = pages.tokens[..., None].expand(-1, -1, scores.shape[-1])
     return _reading(scores.flatten(1, 2).gather(1, places), pages)
 
 
 @torch.no_grad()
-def read_places(network: PageNetwork, reader: ShortReader, pages: DigitPages) -> Reading:
+def read_places(
+    reader: ShortReader, tokens: Float[Tensor, "pages crops tokens dim"], pages: DigitPages
+) -> Reading:
     """The stronger reader: cross-attention to the tokens of both crops, or to those that are kept of them."""
-    device = network.head.weight.device
-    found = []
-    for pixels, asked in zip(pages.pixels.split(100), pages.tokens.split(100), strict=True):
-        tokens = network.tokens(pixels.to(device)).flatten(1, 2)
-        found.append(reader(tokens, asked.to(device)).cpu())
+    device = reader.reader.head.weight.device
+    parts = zip(tokens.flatten(1, 2).split(100), pages.tokens.split(100), strict=True)
+    found = [reader(some.to(device), asked.to(device)).cpu() for some, asked in parts]
     return _reading(torch.cat(found), pages)
 
 
@@ -108,6 +118,38 @@ def read_places(network: PageNetwork, reader: ShortReader, pages: DigitPages) ->
 def read_linearly(reader: LinearReader, pages: DigitPages) -> Reading:
     """The linear reader of pixels."""
     return _reading(reader(pages.to(reader.read.weight.device)), pages)
+
+
+@dataclass(frozen=True)
+class AllRead:
+    """What the trained networks and readers make of test pages, lists over seeds.
+
+    Attributes:
+        tokens, weak: of every network; "linear on pixels" has no tokens.
+        strong: by arm whose tokens are read, of every seed the readings by the reader's name.
+    """
+
+    tokens: dict[str, list[Float[Tensor, "pages crops tokens dim"]]]
+    weak: dict[str, list[Reading]]
+    strong: dict[str, list[dict[str, Reading]]]
+
+
+def read_all(trained: PageModels, pages: DigitPages) -> AllRead:
+    """Every network and reader on the same pages; a network's tokens are computed once for all its readers."""
+    tokens = {arm: [tokens_of(n, pages) for n in found] for arm, found in trained.networks.items()}
+    weak = {
+        arm: [read_tokens(*pair, pages) for pair in zip(networks, tokens[arm], strict=True)]
+        for arm, networks in trained.networks.items()
+    }
+    weak["linear on pixels"] = [read_linearly(reader, pages) for reader in trained.linear]
+    strong = {
+        arm: [
+            {name: read_places(reader, seen, pages) for name, reader in readers.items()}
+            for readers, seen in zip(seeds, tokens[arm], strict=True)
+        ]
+        for arm, seeds in trained.readers.items()
+    }
+    return AllRead(tokens, weak, strong)
 
 
 def score_table(readings: Mapping[str, Sequence[Reading]]) -> pd.DataFrame:
@@ -126,6 +168,23 @@ def by_seed(scores: pd.DataFrame, arm: str, column: str) -> Float[np.ndarray, " 
     return scores[scores.arm == arm].sort_values("seed")[column].to_numpy()
 
 
+def shorter_table(scores: pd.DataFrame, kept: Mapping[str, float]) -> pd.DataFrame:
+    """Means over seeds for every reader of a `score_table`: how many tokens, how chosen, NLL, accuracy.
+
+    Args:
+        kept: per cent of the digits' tokens that readers keep, for some by name.
+    """
+    columns = ["all NLL", "inner NLL", "border NLL", "all %"]
+    means = scores.groupby("arm", sort=False)[columns].mean()
+    names = means.index.to_series()
+    numbered = names.str.match(r"\d")
+    parts = names.str.split(" ", n=1)
+    means.insert(0, "tokens", parts.str[0].where(numbered, ROWS * COLUMNS).astype(int))
+    means.insert(1, "choice", parts.str[1].where(numbered, names))
+    means["kept of the digits' tokens, %"] = pd.Series(kept)
+    return means.reset_index(drop=True)
+
+
 def early_loss(losses: Float[Tensor, "seeds steps"]) -> Float[np.ndarray, " seeds"]:
     """Mean training loss after the first step and within the first tenth: steps 2 to a tenth of all."""
     return losses[:, 1 : max(2, losses.shape[1] // 10)].double().mean(1).numpy()
@@ -133,26 +192,31 @@ def early_loss(losses: Float[Tensor, "seeds steps"]) -> Float[np.ndarray, " seed
 
 @torch.no_grad()
 def kept_places(
-    network: PageNetwork, reader: ShortReader, pages: DigitPages
+    reader: ShortReader, tokens: Float[Tensor, "pages crops tokens dim"]
 ) -> Bool[Tensor, "pages crops tokens"]:
     """Which tokens of each page a reader keeps."""
-    tokens = network.tokens(pages.pixels.to(network.head.weight.device))
-    found = torch.zeros(tokens.shape[0], tokens.shape[1] * tokens.shape[2], dtype=torch.bool)
-    found.scatter_(1, reader.kept(tokens.flatten(1, 2)).cpu(), True)
+    flat = tokens.flatten(1, 2)
+    found = torch.zeros(flat.shape[:2], dtype=torch.bool)
+    found.scatter_(1, reader.kept(flat.to(reader.reader.head.weight.device)).cpu(), True)
     return found.unflatten(1, tokens.shape[1:3])
 
 
-@torch.no_grad()
-def kept_of_digits(network: PageNetwork, reader: ShortReader, pages: DigitPages) -> float:
+def kept_of_digits(
+    reader: ShortReader, tokens: Float[Tensor, "pages crops tokens dim"], pages: DigitPages
+) -> float:
     """Per cent of the tokens at the centres of digits that a reader keeps."""
-    kept = CropGrid(1, network.grid.columns, network.grid.height, network.grid.width).stitch(
-        kept_places(network, reader, pages)[..., None].double()
-    )
+    kept = CROPS.stitch(kept_places(reader, tokens)[..., None].double())
     there = kept.flatten(1).gather(1, pages.tokens)[pages.present]
     return 100 * there.mean().item()
 
 
 # Redundancy ---------------------------------------------------------------------------------------
+
+
+def first_layers(model: Dinov2Model) -> Dinov2Model:
+    """The model without the layers behind `LAYER`, which nobody asks for; changed in place."""
+    model.encoder.layer = model.encoder.layer[:LAYER]
+    return model
 
 
 def page_tokens(

@@ -113,10 +113,13 @@ def draw_scores(panels: Mapping[str, Points], label: str = "NLL of a digit, nats
 def draw_early_losses(
     losses: Mapping[str, Float[Tensor, "seeds steps"]], start: str, bins: int = 20
 ) -> Figure:
-    """Training loss of arms above that of `start` on the same pages: the first tenth of the steps, and all in bins."""
+    """Training loss of arms above that of `start` on the same pages: the first tenth of the steps, and all in bins.
+
+    An arm may have fewer seeds than `start`, its first.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
     for arm in (arm for arm in losses if arm != start):
-        above = (losses[arm].double() - losses[start].double()).numpy()
+        above = (losses[arm].double() - losses[start][: len(losses[arm])].double()).numpy()
         style = "--" if arm == "zero scale" else "-"
         for axis, last in zip(axes, (max(2, above.shape[1] // 10), above.shape[1]), strict=True):
             size = max(1, last // bins)
@@ -158,41 +161,36 @@ def draw_pages(
 
 
 def draw_resampler(
-    by_number: Mapping[int, Points],
+    arms: Points,
     everything: Float[np.ndarray, " seeds"],
-    reported: Mapping[int, Mapping[str, float]],
+    reported: Mapping[str, float],
     benchmark: str,
 ) -> Figure:
-    """NLL of readers of fewer tokens, one panel a number kept; and the paper's scores, where it has the row.
+    """NLL of readers of fewer tokens; and the paper's scores, where it has the row.
 
     Args:
+        arms: reader, its number of tokens first -> seeds.
         everything: the reader of all tokens.
-        reported: number kept here -> row -> reported score of `benchmark`.
+        reported: row -> reported score of `benchmark`.
     """
-    height = 0.3 * max(len(arms) for arms in by_number.values()) + 1.4
-    figure, axes = plt.subplots(1, 1 + len(by_number), figsize=(4.2 * (1 + len(by_number)), height))
-    found = mean(everything)
-    for axis, (number, arms) in zip(axes, by_number.items(), strict=False):
-        for place, (arm, values) in enumerate(arms.items()):
-            mean_point(axis, values, place, colour_of(arm.split(" + ")[0]))
-        axis.axvline(found.effect, color="black", ls=":", lw=1)
-        axis.set_yticks(range(len(arms)), list(arms))
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 0.3 * len(arms) + 1.4), width_ratios=[3, 2])
+    for place, (arm, values) in enumerate(arms.items()):
+        name = arm.split(" ", 1)[1]
+        mean_point(axes[0], values, place, colour_of(name.split(" + ")[0]))
+    axes[0].axvline(mean(everything).effect, color="black", ls=":", lw=1)
+    axes[0].set_yticks(range(len(arms)), list(arms))
+    axes[0].set(xlabel="NLL of a digit, nats", xscale="log")
+    low, high = axes[0].get_xlim()
+    ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if low <= tick <= high]
+    axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0].minorticks_off()
+    axes[0].set_title("here, of 72 tokens (dotted: all)", fontsize=9)
+    axes[1].barh(range(len(reported)), list(reported.values()), color=REPORTED)
+    axes[1].set_yticks(range(len(reported)), list(reported))
+    axes[1].set(xlabel=f"{benchmark}, %", xlim=(0.9 * min(reported.values()), None))
+    axes[1].set_title("reported", fontsize=9)
+    for axis in axes:
         axis.invert_yaxis()
-        axis.set(xlabel="NLL of a digit, nats", xscale="log")
-        low, high = axis.get_xlim()
-        ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if low <= tick <= high]
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-        axis.set_title(f"{number} of 72 tokens (dotted: all)", fontsize=9)
-    rows = [
-        (f"{arm} ({n} here)", value) for n, arms in reported.items() for arm, value in arms.items()
-    ]
-    axes[-1].barh(range(len(rows)), [value for _, value in rows], color=REPORTED)
-    axes[-1].set_yticks(range(len(rows)), [name for name, _ in rows])
-    axes[-1].invert_yaxis()
-    low = min(value for _, value in rows)
-    axes[-1].set(xlabel=f"{benchmark}, %", xlim=(0.9 * low, None))
-    axes[-1].set_title("reported", fontsize=9)
     return figure
 
 

@@ -29,12 +29,15 @@ from reattend.evidence.statistics import difference_of_ratios, ratio_of_sums
 from reattend.plots import COLOURS
 from reattend.presentation import interval_text
 from reattend.trunks.vlm import PADDING, Prompt, Rows, VisionLanguageModel
+from reattend.trunks.vlm_options import choose
 
 SEED = 800
 """Of the scenes on which the model is measured; no study may use it."""
 PICTURES = {"smoke": 8, "cpu": 300, "gpu": 600}
 DEPTH = 100
 """Pictures on which it is measured how deep the model reads."""
+OPTIONS = 4
+"""Letters of a question of multiple choice."""
 SIDES = {"train": "new scenes of known cut-outs", "test": "unknown cut-outs and photographs"}
 
 
@@ -120,6 +123,42 @@ def depth_table(model: VisionLanguageModel, given: Exam, kept: int) -> pd.DataFr
         sums = {kind: by_picture(given, right, kind) for kind in TYPES}
         shares = {k: 100 * of["a"].sum() / of["b"].sum() for k, of in sums.items() if len(of["b"])}
         rows.append({"patches": name} | shares)
+    return pd.DataFrame(rows)
+
+
+def lettered(question: Question, random: np.random.Generator) -> list[str]:
+    """The options A, B, C, D of a question: its answer among three others of its type, in random order."""
+    others = [word for word in TYPES[question.type] if word != question.answer]
+    words = [question.answer, *random.choice(others, OPTIONS - 1, replace=False).tolist()]
+    return [words[place] for place in random.permutation(OPTIONS)]
+
+
+def options_table(model: VisionLanguageModel, given: Exam) -> pd.DataFrame:
+    """Per cent of questions whose right letter is chosen of four, by type, and how often each letter is chosen."""
+    random, types = (
+        np.random.default_rng(SEED),
+        [k for k, of in TYPES.items() if len(of) >= OPTIONS],
+    )
+    right, letters = [], {kind: Counter() for kind in types}
+    for tokens, asked in zip(given.tokens, given.asked, strict=True):
+        picture, hits = model.project(tokens[None]), []
+        for question in asked:
+            hits.append(False)
+            if question.type in types:
+                words = lettered(question, random)
+                prompt = model.prompt(IDS[BOS], picture, encode([[question]])[0], IDS[PAD])
+                found = choose(model, prompt, [[IDS[word]] for word in words])
+                letters[question.type][found.letters[0]] += 1
+                hits[-1] = words[found.best.item()] == question.answer
+        right.append(hits)
+    rows = []
+    for kind in types:
+        counts = by_picture(given, right, kind)
+        if len(counts["b"]):
+            row = {"type": kind, "questions": int(counts["b"].sum())}
+            row["right letter"] = _text(resampled(counts, ratio_of_sums))
+            total = letters[kind].total()
+            rows.append(row | {f"says {a}": 100 * letters[kind][a] / total for a in "ABCD"})
     return pd.DataFrame(rows)
 
 
@@ -235,6 +274,13 @@ def report(page: Page, profile: str) -> None:
         depth_table(model, first, max(1, round(0.05 * patches))),
         f"Accuracy in per cent on {len(first.asked)} {SIDES['train']} when a twentieth of the {patches} patches, drawn "
         "at random, is left from a layer on: how deep the model still reads the picture",
+    )
+    page.table(
+        "options",
+        options_table(model, first),
+        f"Multiple choice on the same {len(first.asked)} scenes: per cent of questions whose right letter is chosen of "
+        "four (chance: 25), 95 % intervals over pictures, and how often each letter is chosen; the model never sees "
+        "the letters, the options' words are scored",
     )
     page.table(
         "losses",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -45,6 +46,9 @@ WINDOW_ARMS: dict[str, dict | None] = {
 """Options of the cross-window module of each arm. "shift 0" has its cost, and windows that are the crops. "zero scale"
 starts as plain crops too, but by s = 0, with W2 drawn as in "default init"."""
 
+FEW = ("whole page", "zero scale")
+"""Networks of the first seeds alone: a ceiling, and an arm that is shown beside others."""
+
 CHOICES = ("similarity", "random", "learned queries", "unsorted")
 """How the latents of an arm with the resampler are chosen; "unsorted" is "similarity" in a random order."""
 BARE = ("similarity", "random", "most similar", "stride", "pooling", "merging")
@@ -59,10 +63,12 @@ class Setting:
         fonts, size, noise: of the pages: names, pixels of the letters, standard deviation (ink is 0 to 1).
         width, blocks, heads: of the vision transformer; a module stands before each block but the first.
         batch: pages of a step.
-        steps, arm_steps, reader_steps: of the networks, of the modules, of the readers.
+        steps, arm_steps, reader_steps: of the networks, of the modules, of the readers, which see their pages twice.
         rate: largest learning rate.
-        keep: numbers of tokens that are kept of the page's.
-        seeds: how many of each are trained.
+        keep: numbers of tokens that are kept of the page's, the smallest last.
+        bare: of `BARE`, what is trained without the resampler.
+        seeds: one network, its arms and readers of all tokens, for each.
+        few: of the first so many seeds, `FEW`, the linear reader and readers of fewer tokens.
     """
 
     fonts: tuple[str, ...]
@@ -77,7 +83,9 @@ class Setting:
     reader_steps: int
     rate: float
     keep: tuple[int, ...]
-    seeds: int
+    bare: tuple[str, ...]
+    seeds: range
+    few: int
 
     def draw(self, pages: int, generator: Generator) -> DigitPages:
         """Pages of this setting."""
@@ -108,9 +116,11 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch crops tokens width"]
     ) -> Float[Tensor, "batch crops tokens width"]:
-        parts = self.qkv(self.norm1(x)).chunk(3, -1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(2, 3) for part in parts)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(3))
+        # The fused kernel takes one batch dimension: crops and pages together.
+        parts = self.qkv(self.norm1(x)).flatten(0, 1).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.proj(read.view_as(x))
         return x + self.mlp(self.norm2(x))
 
 
@@ -133,26 +143,41 @@ class PageNetwork(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, DIGITS)
 
-    def tokens(
-        self, pixels: Float[Tensor, "batch height width"], before: int | None = None
+    def entering(
+        self, pixels: Float[Tensor, "batch height width"]
     ) -> Float[Tensor, "batch crops tokens dim"]:
-        """Tokens of the crops after the last block, or before a block (and its module)."""
+        """Tokens of the crops after the first block, before which no module can stand."""
         crops = pixels.unflatten(2, (self.grid.columns, -1)).transpose(1, 2)
         patches = self.stem(crops.flatten(0, 1)[:, None]).flatten(2).mT
-        x = patches.unflatten(0, (len(pixels), -1)) + self.positions
-        for number, block in enumerate(self.blocks):
-            if number == before:
-                return x
+        return self.blocks[0](patches.unflatten(0, (len(pixels), -1)) + self.positions)
+
+    def leaving(
+        self, x: Float[Tensor, "batch crops tokens dim"]
+    ) -> Float[Tensor, "batch crops tokens dim"]:
+        """Tokens after the last block, from those after the first."""
+        for number, block in enumerate(self.blocks[1:], 1):
             if str(number) in self.windows:
                 x = self.windows[str(number)](x)
             x = block(x)
         return self.norm(x)
 
+    def tokens(
+        self, pixels: Float[Tensor, "batch height width"]
+    ) -> Float[Tensor, "batch crops tokens dim"]:
+        """Tokens of the crops after the last block."""
+        return self.leaving(self.entering(pixels))
+
+    def scores(
+        self, tokens: Float[Tensor, "batch crops tokens dim"]
+    ) -> Float[Tensor, "batch rows columns digits"]:
+        """Scores of the digits at every token of the page, from the tokens after the last block."""
+        return self.grid.stitch(self.head(tokens))
+
     def forward(
         self, pixels: Float[Tensor, "batch height width"]
     ) -> Float[Tensor, "batch rows columns digits"]:
         """Scores of the digits at every token of the page."""
-        return self.grid.stitch(self.head(self.tokens(pixels)))
+        return self.scores(self.tokens(pixels))
 
 
 class LinearReader(nn.Module):
@@ -302,9 +327,16 @@ def pages_of(setting: Setting, seed: int, device: torch.device | str) -> Iterato
         yield setting.draw(setting.batch, generator).to(device)
 
 
-def token_loss(network: PageNetwork, pages: DigitPages) -> Float[Tensor, ""]:
+def token_loss(
+    scores: Float[Tensor, "batch rows columns digits"], pages: DigitPages
+) -> Float[Tensor, ""]:
     """Cross-entropy at every token whose centre lies on a digit."""
-    return F.cross_entropy(network(pages.pixels).flatten(0, 2), pages.labels.flatten())
+    return F.cross_entropy(scores.flatten(0, 2), pages.labels.flatten())
+
+
+def page_loss(network: PageNetwork, pages: DigitPages) -> Float[Tensor, ""]:
+    """`token_loss` of a network that reads the pages."""
+    return token_loss(network(pages.pixels), pages)
 
 
 def place_loss(
@@ -348,18 +380,57 @@ def fit_network(
     """A network trained from scratch, and the loss of every step."""
     network = untrained(setting, grid, seed).to(device)
     pages = pages_of(setting, 1000 + seed, device)
-    return network, train(network, pages, token_loss, setting.plan(setting.steps)).losses
+    return network, train(network, pages, page_loss, setting.plan(setting.steps)).losses
+
+
+def opened(base: PageNetwork, setting: Setting) -> PageNetwork:
+    """A network of crops whose tokens now see the whole page; all its weights, and its positions in every crop."""
+    network = untrained(setting, WHOLE, 0)
+    state = base.state_dict()
+    crops = state["positions"].expand(1, base.grid.columns, -1, -1)
+    state["positions"] = base.grid.stitch(crops).flatten(0, 2)
+    network.load_state_dict(state)
+    return network.to(base.head.weight.device)
+
+
+def fit_whole_page(
+    setting: Setting, base: PageNetwork, seed: int
+) -> tuple[PageNetwork, list[float]]:
+    """What can be reached from a network of crops: `opened`, and all of it trained, twice as long as an arm."""
+    network = opened(base, setting)
+    pages = pages_of(setting, 2000 + seed, base.head.weight.device)
+    return network, train(network, pages, page_loss, setting.plan(2 * setting.arm_steps)).losses
+
+
+TokenBatch = tuple[Tensor, DigitPages]
+"""Tokens of pages, [pages, crops, tokens, dim], and the pages."""
+
+
+@torch.no_grad()
+def entered(network: PageNetwork, setting: Setting, steps: int, seed: int) -> list[TokenBatch]:
+    """Pages of a number of steps as they enter the second block: the first one is the same in all arms."""
+    pages = pages_of(setting, seed, network.head.weight.device)
+    return [(network.entering(drawn.pixels), drawn) for drawn in islice(pages, steps)]
+
+
+@torch.no_grad()
+def left(network: PageNetwork, batches: Iterable[TokenBatch]) -> list[TokenBatch]:
+    """The same pages as they leave the last block of a frozen network."""
+    return [(network.eval().leaving(entering), drawn) for entering, drawn in batches]
 
 
 def fit_arm(
-    arm: str, setting: Setting, base: PageNetwork, seed: int
+    arm: str, setting: Setting, base: PageNetwork, batches: Iterable[TokenBatch], seed: int
 ) -> tuple[PageNetwork, list[float]]:
     """A frozen network with an arm's modules; they and the head, which starts as the network's, are trained."""
     network = copy.deepcopy(base).requires_grad_(False)
     network.head.requires_grad_(True)
     add_windows(network, arm, setting, seed)
-    pages = pages_of(setting, 2000 + seed, base.head.weight.device)
-    return network, train(network, pages, token_loss, setting.plan(setting.arm_steps)).losses
+
+    def loss(model: nn.Module, batch: TokenBatch) -> Tensor:
+        return token_loss(model.scores(model.leaving(batch[0])), batch[1])
+
+    return network, train(network, batches, loss, setting.plan(setting.arm_steps)).losses
 
 
 def fit_linear(setting: Setting, seed: int, device: torch.device | str = "cpu") -> LinearReader:
@@ -379,7 +450,7 @@ Readers = dict[str, ShortReader]
 
 
 def untrained_readers(setting: Setting, seed: int, *, short: bool) -> Readers:
-    """Readers of a network's tokens: of all, and if `short` of fewer by every choice and number."""
+    """Readers of a network's tokens: of all, and if `short` of fewer, by similarity, and by every choice."""
 
     def make(choice: str, keep: int, resample: bool) -> ShortReader:
         torch.manual_seed(seed)
@@ -387,30 +458,36 @@ def untrained_readers(setting: Setting, seed: int, *, short: bool) -> Readers:
 
     found = {"all": make("all", ROWS * COLUMNS, False)}
     for keep in setting.keep if short else ():
-        found |= {f"{keep} {name} + resampler": make(name, keep, True) for name in CHOICES}
-        found |= {f"{keep} {name}": make(name, keep, False) for name in BARE}
+        # Its rivals are trained where choosing matters most: at the smallest number.
+        choices, bare = (CHOICES, setting.bare) if keep == setting.keep[-1] else (CHOICES[:1], ())
+        found |= {f"{keep} {name} + resampler": make(name, keep, True) for name in choices}
+        found |= {f"{keep} {name}": make(name, keep, False) for name in bare}
     return found
 
 
 def fit_readers(
-    setting: Setting, network: PageNetwork, readers: Readers, seed: int
+    setting: Setting, readers: Readers, batches: Sequence[TokenBatch]
 ) -> dict[str, list[float]]:
-    """Train readers on the same pages of a frozen network; the loss of every step of each."""
-    device = network.head.weight.device
-    network.eval()
+    """Train readers on the same tokens of a frozen network; the loss of every step of each.
+
+    Args:
+        batches: for half of the steps; each is read twice.
+    """
     losses = {name: [] for name in readers}
 
-    def loss(model: nn.ModuleDict, pages: DigitPages) -> Tensor:
-        with torch.no_grad():
-            tokens = network.tokens(pages.pixels).flatten(1, 2)
-        found = {n: place_loss(r(tokens, pages.tokens), pages) for n, r in model.items()}
+    def loss(model: nn.ModuleDict, batch: TokenBatch) -> Tensor:
+        tokens, pages = batch
+        found = {
+            name: place_loss(reader(tokens.flatten(1, 2), pages.tokens), pages)
+            for name, reader in model.items()
+        }
         for name, value in found.items():
             losses[name].append(value.item())
         return torch.stack(list(found.values())).sum()
 
     # A bound on the norm of all gradients together would let the readers disturb each other.
     plan = replace(setting.plan(setting.reader_steps), clip=math.inf)
-    train(nn.ModuleDict(readers).to(device), pages_of(setting, 3000 + seed, device), loss, plan)
+    train(nn.ModuleDict(readers).to(batches[0][0].device), [*batches, *batches], loss, plan)
     return losses
 
 
@@ -426,24 +503,49 @@ PAPER = Setting(
     batch=16,
     steps=1200,
     arm_steps=250,
-    reader_steps=250,
+    reader_steps=700,
     rate=3e-3,
     keep=(36, 18),
-    seeds=4,
+    bare=("similarity", "most similar", "stride"),
+    seeds=range(10, 17),  # an earlier run had 0 to 3
+    few=4,
 )
 SETTINGS = {
     "smoke": replace(
-        PAPER, width=32, batch=2, steps=2, arm_steps=12, reader_steps=2, keep=(36,), seeds=3
+        PAPER,
+        width=32,
+        batch=2,
+        steps=2,
+        arm_steps=12,
+        reader_steps=2,
+        keep=(36,),
+        seeds=range(4),
+        few=3,
     ),
     "cpu": PAPER,
-    "gpu": replace(PAPER, width=128, blocks=4, batch=128, steps=3000, arm_steps=1000, seeds=8),
+    "gpu": replace(
+        PAPER,
+        width=128,
+        blocks=4,
+        batch=128,
+        steps=3000,
+        arm_steps=1000,
+        reader_steps=2000,
+        bare=BARE,
+        seeds=range(10, 18),
+        few=8,
+    ),
 }
-READ = ("no module", "shift 0", "zero init")
+READ = ("shift 0", "zero init")
 """Arms whose tokens are read by a `PlaceReader` as well; shorter sequences are made of the last one's."""
 
 
-def _short(arm: str) -> bool:
-    return arm == READ[-1]
+def _seeds(setting: Setting, kind: str) -> range:
+    return setting.seeds[: setting.few] if kind in FEW else setting.seeds
+
+
+def _short(setting: Setting, arm: str, seed: int) -> bool:
+    return arm == READ[-1] and seed in setting.seeds[: setting.few]
 
 
 def _file(kind: str, seed: int) -> str:
@@ -460,17 +562,22 @@ def build(target: Path, profile: str) -> None:
         save_model(model, target / _file(kind, seed))
         kept.setdefault(kind, []).append(losses)
 
-    for seed in range(setting.seeds):
+    for seed in setting.seeds:
         base, losses = fit_network(setting, CROPS, seed, device)
         keep("crops", seed, base, losses)
-        keep("whole page", seed, *fit_network(setting, WHOLE, seed, device))
-        save_model(fit_linear(setting, seed, device), target / _file("linear", seed))
+        if seed in _seeds(setting, "whole page"):
+            keep("whole page", seed, *fit_whole_page(setting, base, seed))
+            save_model(fit_linear(setting, seed, device), target / _file("linear", seed))
+        arm_pages = entered(base, setting, setting.arm_steps, 2000 + seed)
+        reader_pages = entered(base, setting, setting.reader_steps // 2, 3000 + seed)
         for arm in WINDOW_ARMS:
-            network, losses = fit_arm(arm, setting, base, seed)
+            if seed not in _seeds(setting, arm):
+                continue
+            network, losses = fit_arm(arm, setting, base, arm_pages, seed)
             keep(arm, seed, network, losses)
             if arm in READ:
-                readers = untrained_readers(setting, seed, short=_short(arm))
-                found = fit_readers(setting, network, readers, seed)
+                readers = untrained_readers(setting, seed, short=_short(setting, arm, seed))
+                found = fit_readers(setting, readers, left(network, reader_pages))
                 save_model(nn.ModuleDict(readers), target / _file(f"readers {arm}", seed))
                 for name, losses in found.items():
                     kept.setdefault(f"{arm}: {name}", []).append(losses)
@@ -481,7 +588,7 @@ def build(target: Path, profile: str) -> None:
 
 @dataclass(frozen=True)
 class PageModels:
-    """What was trained: lists over seeds, in evaluation mode.
+    """What was trained: lists over seeds (`FEW`, linear readers and readers of fewer tokens: the first), to evaluate.
 
     Attributes:
         networks: "crops" (before any arm), "whole page", and every arm of `WINDOW_ARMS`.
@@ -511,14 +618,13 @@ def load(profile: str = "cpu", device: torch.device | str = "cpu") -> PageModels
         return read(kind, seed, model)
 
     def readers(arm: str, seed: int) -> Readers:
-        models = nn.ModuleDict(untrained_readers(setting, seed, short=_short(arm)))
+        models = nn.ModuleDict(untrained_readers(setting, seed, short=_short(setting, arm, seed)))
         return dict(read(f"readers {arm}", seed, models).items())
 
-    seeds = range(setting.seeds)
     kinds = ("crops", "whole page", *WINDOW_ARMS)
     return PageModels(
-        {kind: [network(kind, seed) for seed in seeds] for kind in kinds},
-        {arm: [readers(arm, seed) for seed in seeds] for arm in READ},
-        [read("linear", seed, LinearReader()) for seed in seeds],
+        {kind: [network(kind, seed) for seed in _seeds(setting, kind)] for kind in kinds},
+        {arm: [readers(arm, seed) for seed in setting.seeds] for arm in READ},
+        [read("linear", seed, LinearReader()) for seed in _seeds(setting, "whole page")],
         load_file(directory / KEPT),
     )
