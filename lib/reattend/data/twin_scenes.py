@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from reattend.data.attribute_scenes import (
     _CONTRAST,
@@ -138,7 +138,7 @@ def _paint(
     canvas: Float[np.ndarray, "size size 3"],
     piece: tuple[Float[np.ndarray, "h w"], Float[np.ndarray, "h w"]],
     corner: tuple[int, int],
-    paint: Float[np.ndarray, " channels"],
+    paint: Num[np.ndarray, " channels"],
 ) -> None:
     """Lay a cut-out, given by shading and opacity, over the canvas with its upper left corner at (x, y)."""
     shade, alpha = piece
