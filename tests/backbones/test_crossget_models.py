@@ -73,9 +73,6 @@ def test_arms_are_what_they_are_called():
     assert (arms["own guide"].weight, arms["CrossGET"].weight) == (0.0, 0.5)
     for name, arm in arms.items():
         assert arm.reduction.text == ((1,) * 4 if name in ("text", "both") else (0,) * 4), name
-    assert arms["CrossGET, short"].reduction == arms["CrossGET"].reduction
-    for name, arm in arms.items():
-        assert CPU.plan(arm.short).steps == CPU.steps // (2 if "short" in name else 1)
 
 
 def test_arms_of_a_seed_start_alike_and_only_crossget_moves_its_offsets():
@@ -160,7 +157,6 @@ def test_build_can_be_read_again(tmp_path, monkeypatch):
     trained = crossget.load("smoke")
     assert {name: len(found) for name, found in trained.arms.items()} == SMOKE.arms
     assert trained.losses["dense"].shape == (3, SMOKE.steps)
-    assert trained.losses["dense, short"].shape == (3, SMOKE.steps // 2)
     for seed, towers in enumerate(trained.towers):
         pairs = paired(SMOKE.pictures(2 * SMOKE.twos, "train", seed))
         again = crossget.train_towers(SMOKE, pairs, seed)

@@ -9,7 +9,7 @@ time: after a long one towers get on with random pairs too. Captions of three ob
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -56,17 +56,19 @@ class Setting:
     Attributes:
         shape: of the towers.
         arms: names in `ARMS` with their numbers of seeds.
+        first: the first of these seeds.
         merged: tokens that CrossGET merges in each block of the image tower.
         words: tokens that it merges in each block of the text tower, where an arm does so.
         twos: twins for both trainings of each seed, half as many as scenes.
         base_rate, base_steps: of the towers.
-        rate, steps: of the fine-tuning; "short" arms take half as many steps.
+        rate, steps: of the fine-tuning.
         offsets: how many times `rate` is the rate of the cross tokens' offsets.
         galleries, gallery: how many test galleries of how many pairs.
     """
 
     shape: Shape
     arms: Mapping[str, int]
+    first: int
     merged: int
     words: int
     twos: int
@@ -84,10 +86,9 @@ class Setting:
         steps = self.base_steps
         return TrainingPlan(steps, self.base_rate, 0.03, warmup=steps // 6, fused=True)
 
-    def plan(self, short: bool = False) -> TrainingPlan:
-        """A cosine to zero over the steps, or half of them."""
-        steps = self.steps // 2 if short else self.steps
-        return TrainingPlan(steps, self.rate, weight_decay=0.03, fused=True)
+    def plan(self) -> TrainingPlan:
+        """A cosine to zero."""
+        return TrainingPlan(self.steps, self.rate, weight_decay=0.03, fused=True)
 
     def pictures(self, count: int, split: str, seed: int) -> AttributeScenes:
         """`count` scenes, an even number, in twos."""
@@ -143,13 +144,11 @@ class Arm:
         cross: whether it has cross tokens; without them the first block of the image tower merges one token
             less, so that all merged arms have as many tokens in every later place.
         weight: of the divergence in the loss; with 0 the offsets stay at zero as well.
-        short: whether it is fine-tuned for half the steps.
     """
 
     reduction: Reduction
     cross: bool = False
     weight: float = 0.0
-    short: bool = False
 
 
 Make = Callable[[Setting, torch.Generator], Arm]
@@ -192,10 +191,6 @@ def _dense(setting: Setting, generator: torch.Generator) -> Arm:
     return Arm(Reduction(nothing, nothing, importance=None))
 
 
-def _short(make: Make) -> Make:
-    return lambda setting, generator: replace(make(setting, generator), short=True)
-
-
 ARMS: Mapping[str, Make] = {
     "dense": _dense,
     "random pairs": _unguided(random_matching),
@@ -207,13 +202,10 @@ ARMS: Mapping[str, Make] = {
     "half as many": _guided(share=0.5),
     "text": _guided(share=0.0, words=1.0),
     "both": _guided(words=1.0),
-    "dense, short": _short(_dense),
-    "CGSM, short": _short(_unguided(lambda generator: complete_graph_matching)),
-    "CrossGET, short": _short(_guided()),
 }
 """By name. "own guide" is CrossGET without the other modality: offsets at zero, so that [CLS] guides, and no
 divergence. "shuffled" has CrossGET's training and its importances on the wrong tokens. "half as many" merges
-half the patches, "text" words alone, "both" patches and words; "short" is fine-tuned for half the steps."""
+half the patches, "text" words alone, "both" patches and words."""
 
 
 class Reduced(nn.Module):
@@ -256,8 +248,8 @@ def fine_tune(
         return total
 
     batches = twin_batches(len(pairs), setting.batch, 2000 + seed)
-    plan = setting.plan(reduced.arm.short)
-    train(reduced, batches, loss, plan, groups=lambda reduced: _groups(reduced, setting.offsets))
+    groups = _groups(reduced, setting.offsets)
+    train(reduced, batches, loss, setting.plan(), groups=lambda reduced: groups)
     return reduced, torch.tensor(losses)
 
 
@@ -280,19 +272,19 @@ def twin_batches(scenes: int, batch: int, seed: int) -> Iterator[Int[Tensor, " b
 SETTINGS = {
     "smoke": Setting(
         Shape(24, 4, 16, 2, 2, 16, (3, 3)),
-        dict.fromkeys(ARMS, 3),
+        dict.fromkeys(ARMS, 3), first=0,
         merged=8, words=1, twos=12, batch=8, base_rate=1e-3, base_steps=2,
         rate=1e-4, steps=2, offsets=10.0, galleries=1, gallery=16,
     ),
     "cpu": Setting(
         Shape(24, 4, 64, 4, 4, 64, (3, 3)),
-        dict.fromkeys(ARMS, 4),
+        dict.fromkeys(ARMS, 6) | {"text": 3, "both": 3}, first=10,
         merged=16, words=1, twos=4000, batch=48, base_rate=1e-3, base_steps=600,
-        rate=1e-4, steps=60, offsets=10.0, galleries=4, gallery=256,
+        rate=1e-4, steps=30, offsets=10.0, galleries=4, gallery=256,
     ),
     "gpu": Setting(
         Shape(96, 8, 256, 6, 8, 256, (4, 4), (16, 24)),
-        dict.fromkeys(ARMS, 8),
+        dict.fromkeys(ARMS, 8), first=0,
         merged=40, words=2, twos=20_000, batch=512, base_rate=1e-3, base_steps=4000,
         rate=5e-5, steps=200, offsets=10.0, galleries=4, gallery=1000,
     ),
@@ -317,12 +309,13 @@ def build(target: Path, profile: str) -> None:
     setting = SETTINGS[profile]
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
     losses: dict[str, list[Tensor]] = {name: [] for name in setting.arms}
-    for seed in range(max(setting.arms.values())):
+    for number in range(max(setting.arms.values())):
+        seed = setting.first + number
         pairs = paired(setting.pictures(2 * setting.twos, "train", seed)).to(device)
         towers = train_towers(setting, pairs, seed)
         save_model(towers, target / f"towers-{seed}.safetensors")
         for name, seeds in setting.arms.items():
-            if seed < seeds:
+            if number < seeds:
                 reduced, loss = fine_tune(name, towers, setting, pairs, seed)
                 save_model(reduced, target / f"{name}-{seed}.safetensors")
                 losses[name].append(loss)
@@ -355,6 +348,9 @@ def load(profile: str = "cpu", device: torch.device | str = "cpu") -> TrainedMod
         load_model(towers, directory / f"towers-{seed}.safetensors")
         return towers.to(device).eval()
 
-    arms = {name: [read(name, seed) for seed in range(n)] for name, n in setting.arms.items()}
-    towers = [read_towers(seed) for seed in range(max(setting.arms.values()))]
+    def seeds(count: int) -> range:
+        return range(setting.first, setting.first + count)
+
+    arms = {name: [read(name, seed) for seed in seeds(n)] for name, n in setting.arms.items()}
+    towers = [read_towers(seed) for seed in seeds(max(setting.arms.values()))]
     return TrainedModels(towers, arms, load_file(directory / LOSSES))
