@@ -1,5 +1,7 @@
 """CrossGET's arms: equal starts and orders, equal numbers of tokens, and placebos that take the idea away."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +17,7 @@ from reattend.backbones.trained.crossget import (
     paired,
     random_matching,
     shuffled_importance,
+    twin_batches,
     untrained,
 )
 from reattend.vision_language.crossget import (
@@ -52,11 +55,12 @@ def left_after(arm, model, pixels):
 def test_merged_arms_have_equally_many_tokens_after_every_block():
     model, pixels = untrained(CPU.shape, 0), CPU.pictures(2, "test", 0).pixels
     counts = {name: left_after(arm_of(name, CPU, 0), model, pixels) for name in ARMS}
-    for name in ("random pairs", "ToMe", "CGSM", "CrossGET", "own guide", "shuffled", "both"):
-        assert counts[name] == [22, 12], name
-    assert counts["dense"] == [37, 37]
-    assert counts["half as many"] == [30, 22]
-    assert counts["text"] == [38, 38]
+    for name in ("random pairs", "ToMe", "CGSM", "CrossGET", "own guide", "shuffled"):
+        assert counts[name] == [22, 12, 7, 5], name
+    assert counts["dense"] == [37] * 4
+    assert counts["text"] == [38] * 4
+    assert counts["both"] == counts["CrossGET"]
+    assert counts["half as many"] == [30, 22, 14, 8]
 
 
 def test_arms_are_what_they_are_called():
@@ -67,10 +71,8 @@ def test_arms_are_what_they_are_called():
     assert arms["CrossGET"].reduction.importance is guided_importance
     assert arms["own guide"].reduction == arms["CrossGET"].reduction
     assert (arms["own guide"].weight, arms["CrossGET"].weight) == (0.0, 0.5)
-    assert arms["text"].reduction.text == arms["both"].reduction.text == (1, 1)
-    assert arms["CrossGET, short"].reduction == arms["CrossGET"].reduction
     for name, arm in arms.items():
-        assert CPU.plan(arm.short).steps == CPU.steps // (2 if "short" in name else 1)
+        assert arm.reduction.text == ((1,) * 4 if name in ("text", "both") else (0,) * 4), name
 
 
 def test_arms_of_a_seed_start_alike_and_only_crossget_moves_its_offsets():
@@ -93,6 +95,23 @@ def test_seeds_have_orders_of_their_own():
     base, pairs = untrained(SMOKE.shape, 0), paired(SMOKE.pictures(24, "train", 0))
     one, other = (fine_tune("dense", base, SMOKE, pairs, seed)[1] for seed in (0, 1))
     assert not torch.equal(one, other)
+
+
+def test_offsets_learn_at_a_rate_of_their_own():
+    """Adam's first step moves every entry by its rate: the cosine's second step is half as long."""
+    base, pairs = untrained(SMOKE.shape, 0), paired(SMOKE.pictures(24, "train", 0))
+    one = replace(SMOKE, steps=1)
+    for offsets in (1.0, 7.0):
+        found, _ = fine_tune("CrossGET", base, replace(one, offsets=offsets), pairs, 0)
+        moved = found.cross.image.abs().max().item()
+        assert moved == pytest.approx(offsets * one.plan().rate(0), rel=1e-3)
+
+
+def test_batches_hold_both_twins():
+    batch = next(twin_batches(20, 8, 0))
+    assert len(set(batch.tolist())) == 8
+    assert (batch[::2] % 2 == 0).all()
+    assert torch.equal(batch[::2] + 1, batch[1::2])
 
 
 def test_random_matching_takes_no_part_of_the_protected_and_has_no_liking():
@@ -125,24 +144,24 @@ def test_shuffled_importance_has_the_same_values_elsewhere():
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_gives_unit_vectors(name):
-    pairs = paired(SMOKE.pictures(5, "test", 0))
+    pairs = paired(SMOKE.pictures(6, "test", 0))
     with torch.no_grad():
         vectors = Reduced(untrained(SMOKE.shape, 1), arm_of(name, SMOKE, 1))(pairs)
     for side in (vectors.image, vectors.text):
-        torch.testing.assert_close(side.norm(dim=1), torch.ones(5))
+        torch.testing.assert_close(side.norm(dim=1), torch.ones(6))
 
 
 def test_build_can_be_read_again(tmp_path, monkeypatch):
-    towers = {"global": [untrained(SMOKE.shape, seed) for seed in range(3)]}
-    ready = type("Ready", (), {"models": towers})
-    monkeypatch.setattr(crossget, "load_towers", lambda profile, device: ready)
     build(tmp_path, "smoke")
     monkeypatch.setattr(crossget, "backbone_path", lambda name, profile: tmp_path)
     trained = crossget.load("smoke")
     assert {name: len(found) for name, found in trained.arms.items()} == SMOKE.arms
     assert trained.losses["dense"].shape == (3, SMOKE.steps)
-    assert trained.losses["dense, short"].shape == (3, SMOKE.steps // 2)
-    assert trained.towers == towers["global"]
+    for seed, towers in enumerate(trained.towers):
+        pairs = paired(SMOKE.pictures(2 * SMOKE.twos, "train", seed))
+        again = crossget.train_towers(SMOKE, pairs, seed)
+        assert torch.equal(again.text_map.weight, towers.text_map.weight)
+        assert not torch.equal(again.text_map.weight, untrained(SMOKE.shape, seed).text_map.weight)
     started, ended = (m[1] for m in (trained.towers, trained.arms["ToMe"]))
     assert not torch.equal(started.text_map.weight, ended.model.text_map.weight)
     found = load_file(tmp_path / "CrossGET-2.safetensors")

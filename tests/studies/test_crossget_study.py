@@ -13,6 +13,7 @@ from reattend.studies.crossget import (
     BlockTokens,
     MatchingProbe,
     arm_multiply_adds,
+    by_photograph,
     divergence,
     matching_quality,
     merging_of,
@@ -22,6 +23,7 @@ from reattend.studies.crossget import (
     retrieved,
     token_counts,
     token_groups,
+    told_apart,
     vit_cls,
 )
 from reattend.trunks.image_text import NO_HOOKS, ImageTower
@@ -99,6 +101,12 @@ def test_qualities_are_those_of_each_matching(vit):
     torch.testing.assert_close(found["BSM"][4]["error"], error, atol=1e-5, rtol=1e-4)
 
 
+def test_means_of_photographs():
+    values = torch.tensor([1.0, 3, 5, 9, 2, 4])
+    found = by_photograph({"CGSM": {5: {"error": values}}}, 3)
+    assert found["CGSM"][5]["error"].tolist() == [2, 7, 3]
+
+
 def test_pair_similarity_by_hand():
     similarity = torch.arange(32.0).view(2, 4, 4)
     merging = Merging(
@@ -156,33 +164,42 @@ def test_retrieved_is_that_of_unit_vectors():
     assert found["NLL"] > 0
 
 
+def test_told_apart_one_by_one():
+    reduced = Reduced(untrained(SMOKE.shape, 2), arm_of("dense", SMOKE, 0)).eval()
+    pairs = paired(SMOKE.pictures(20, "test", 0))
+    with torch.no_grad():
+        cosines = (lambda v: v.image @ v.text.T)(reduced(pairs))
+    right = [cosines[i, i] > cosines[i, i + 1 - 2 * (i % 2)] for i in range(20)]
+    assert told_apart(reduced, pairs) == 5.0 * sum(right)
+
+
 def test_costs_of_arms_by_hand():
-    """38 tokens with the cross token, 22, 12; captions of ten, whose cross token is there when words merge."""
-    assert token_counts(38, (16, 16), 2) == [38, 22, 12]
-    assert token_counts(37, (15, 16), 1) == [37, 22, 12]
+    """38 tokens with the cross token, then 22, 12, 7, 5: at most half of the free ones go. Captions of ten."""
+    assert token_counts(38, (16,) * 4, 2) == [38, 22, 12, 7, 5]
+    assert token_counts(37, (15, 10, 5, 2), 1) == [37, 22, 12, 7, 5]
     width = CPU.shape.width
     found = {name: arm_multiply_adds(name, CPU) for name in ("dense", "CrossGET", "CGSM", "text")}
-    linear = (4 * 38 + 8 * 22 + 4 * 22 + 8 * 12) * width**2
-    assert found["CrossGET"]["image"] == linear + 3 * (38**2 + 22**2) * width
-    assert found["CGSM"]["image"] == multiply_adds(width, [37, 22, 12], matching=True)
+    linear = (4 * (38 + 22 + 12 + 7) + 8 * (22 + 12 + 7 + 5)) * width**2
+    assert found["CrossGET"]["image"] == linear + 3 * (38**2 + 22**2 + 12**2 + 7**2) * width
+    assert found["CGSM"]["image"] == multiply_adds(width, [37, 22, 12, 7, 5], matching=True)
     assert found["dense"] == {
-        name: multiply_adds(width, [n] * 3) for name, n in (("image", 37), ("text", 10))
+        name: multiply_adds(width, [n] * 5) for name, n in (("image", 37), ("text", 10))
     }
     assert found["CrossGET"]["text"] == found["dense"]["text"]
-    assert found["text"]["text"] == multiply_adds(width, [11, 10, 9], matching=True)
+    assert found["text"]["text"] == multiply_adds(width, [11, 10, 9, 8, 7], matching=True)
 
 
 def test_shown_mergings_are_those_of_the_tower():
     setting, model = CPU, untrained(CPU.shape, 3)
     reduced = Reduced(model, arm_of("CrossGET", setting, 0)).eval()
-    reduced.cross.image.data += 0.1 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
-    shown, groups = merging_of(reduced, setting.pictures(3, "test", 0).pixels)
-    first, last = shown
-    assert first.isfinite().all()
-    assert last.isfinite().sum(1).tolist() == [20, 20, 20]
-    assert first.abs().max() <= 1 + 1e-6
+    reduced.cross.image.data += 0.1 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    shown, groups = merging_of(reduced, setting.pictures(4, "test", 0).pixels)
+    assert [values.isfinite().sum(1).tolist() for values in shown] == [
+        [n] * 4 for n in (36, 20, 10, 5)
+    ]
+    assert shown[0].abs().max() <= 1 + 1e-6
     for row in groups:
-        assert len(set(row.tolist())) == 11
+        assert len(set(row.tolist())) == 4
         assert (row == row[0]).sum() == 1  # nothing is merged into [CLS]
 
 

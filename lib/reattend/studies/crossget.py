@@ -122,6 +122,10 @@ class MatchingProbe(BlockHooks):
         return x
 
 
+Qualities = dict[str, dict[int, dict[str, Float[Tensor, " _"]]]]
+"""By matching and r: "similarity" and "error" of each picture, or of each photograph."""
+
+
 @torch.no_grad()
 def matching_quality(
     encode: Callable[[Tensor, BlockHooks], Tensor],
@@ -130,7 +134,7 @@ def matching_quality(
     rs: tuple[int, ...],
     seed: int = 0,
     batch: int = 25,
-) -> dict[str, dict[int, dict[str, Float[Tensor, " pictures"]]]]:
+) -> Qualities:
     """By matching and r: "similarity" of merged pairs, mean over the layers, and relative "error" of [CLS].
 
     Similarities are those of the tokens of the unreduced tower, the same for all matchings; errors are those
@@ -157,6 +161,17 @@ def matching_quality(
     }
 
 
+def by_photograph(quality: Qualities, photos: int) -> Qualities:
+    """Means over the crops of each photograph; crops are listed photograph by photograph."""
+    return {
+        name: {
+            r: {kind: values.unflatten(0, (photos, -1)).mean(1) for kind, values in cell.items()}
+            for r, cell in cells.items()
+        }
+        for name, cells in quality.items()
+    }
+
+
 # --- trained towers ------------------------------------------------------------------------------------------
 
 
@@ -173,6 +188,15 @@ def retrieved(reduced: Reduced, pairs: Pairs, gallery: int) -> dict[str, float]:
     )
     tokens = PairTokens(image, text, torch.ones(len(image), 1, dtype=torch.bool))
     return retrieval(global_similarity, tokens, reduced.model.scale.detach().cpu(), gallery)
+
+
+@torch.no_grad()
+def told_apart(reduced: Reduced, pairs: Pairs) -> float:
+    """Per cent of pictures closer to their own caption than to their twin's; pairs 2 i and 2 i + 1 are twins."""
+    vectors = reduced(pairs)
+    own = (vectors.image * vectors.text).sum(1)
+    twin = (vectors.image * vectors.text.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)).sum(1)
+    return 100 * (own > twin).double().mean().item()
 
 
 @torch.no_grad()
@@ -259,14 +283,14 @@ def token_counts(start: int, rs: Sequence[int], protected: int) -> list[int]:
     return counts
 
 
-def arm_multiply_adds(name: str, setting: Setting, objects: int = 3) -> dict[str, int]:
+def arm_multiply_adds(name: str, setting: Setting) -> dict[str, int]:
     """Multiply-adds of one picture and of one caption of an arm at test, by tower.
 
     A tower that merges nothing needs no cross token at test where nobody sees it (captions).
     """
     shape, arm = setting.shape, arm_of(name, setting, 0)
     cross, reduction = int(arm.cross), arm.reduction
-    patches, words = (shape.size // shape.patch) ** 2, 3 * objects + 1
+    patches, words = (shape.size // shape.patch) ** 2, 3 * shape.objects[1] + 1
     image = token_counts(1 + patches + cross, reduction.image, 1 + cross)
     read = cross if any(reduction.text) else 0
     text = token_counts(words + read, reduction.text, 2 + read)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from reattend.plots import BASELINE, COLOURS, REPORTED, mean_point
@@ -129,6 +130,7 @@ def draw_qualities(
         for axis in axes[:, column]:
             axis.set_yticks(range(len(found)), list(found))
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axes[0, column].set(title=f"r = {r} in every block", xlabel="1 - cosine of merged keys")
         axes[1, column].set(xlabel="relative error of [CLS]")
     axes[0, 0].invert_yaxis()
@@ -180,7 +182,7 @@ def draw_costs(
                              textcoords="offset points", color=colour)  # fmt: skip
     for name, (share, change) in reported.items():
         axes[1].plot(share, change, "x", color=REPORTED, ms=8, mew=2)
-        axes[1].annotate(f"paper: {name}", (share, change), xytext=(6, -9), fontsize=7,
+        axes[1].annotate(f"paper: {name}", (share, change), xytext=(6, 6), fontsize=7,
                          textcoords="offset points", color="0.4")  # fmt: skip
     for axis, title in zip(axes, ("without fine-tuning", "fine-tuned"), strict=True):
         axis.axhline(0, color=BASELINE, lw=1)

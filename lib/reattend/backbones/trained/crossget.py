@@ -1,26 +1,33 @@
-"""FILIP's small image-text towers, fine-tuned with tokens merged by CrossGET and by what it is compared with.
+"""Small image-text towers, fine-tuned with tokens merged by CrossGET and by what it is compared with.
 
-A seed's towers are those of FILIP's arm "global", trained without any merging; every arm starts from them and
-is fine-tuned on the same pairs in the same order. All scenes of the fine-tuning have three objects, so that
-captions need no padding.
+A seed's towers are trained without any merging, as FILIP's arm "global" but deeper and on scenes that come in
+twos (`reattend.data.twin_scenes`): every batch holds both twins, so that no bag of words tells its captions
+apart. Every arm starts from these towers and is fine-tuned on the same scenes in the same order, for a short
+time: after a long one towers get on with random pairs too. Captions of three objects need no padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from reattend.backbones.store import backbone_path
-from reattend.backbones.trained.filip import SETTINGS as TOWERS
-from reattend.backbones.trained.filip import Pairs, Shape, paired, untrained
-from reattend.backbones.trained.filip import load as load_towers
+from reattend.backbones.trained.filip import (
+    Pairs,
+    Shape,
+    contrastive_loss,
+    global_similarity,
+    paired,
+    untrained,
+)
 from reattend.data.attribute_scenes import AttributeScenes
+from reattend.data.twin_scenes import make_twin_scenes
 from reattend.training.loop import TrainingPlan, decay_matrices, train
 from reattend.trunks.encoders import index_batches
 from reattend.trunks.image_text import ImageTextModel
@@ -49,32 +56,50 @@ class Setting:
     Attributes:
         shape: of the towers.
         arms: names in `ARMS` with their numbers of seeds.
+        first: the first of these seeds.
         merged: tokens that CrossGET merges in each block of the image tower.
         words: tokens that it merges in each block of the text tower, where an arm does so.
-        steps: of the fine-tuning; "short" arms take half as many.
-        scenes: training scenes of each seed.
+        twos: twins for both trainings of each seed, half as many as scenes.
+        base_rate, base_steps: of the towers.
+        rate, steps: of the fine-tuning.
+        offsets: how many times `rate` is the rate of the cross tokens' offsets.
         galleries, gallery: how many test galleries of how many pairs.
     """
 
     shape: Shape
     arms: Mapping[str, int]
+    first: int
     merged: int
     words: int
+    twos: int
     batch: int
+    base_rate: float
+    base_steps: int
     rate: float
     steps: int
-    scenes: int
+    offsets: float
     galleries: int
     gallery: int
 
-    def plan(self, short: bool = False) -> TrainingPlan:
-        """A cosine to zero over the steps, or half of them."""
-        steps = self.steps // 2 if short else self.steps
-        return TrainingPlan(steps, self.rate, weight_decay=0.03, fused=True)
+    def base_plan(self) -> TrainingPlan:
+        """Warm-up over a sixth of the steps, then a cosine to zero."""
+        steps = self.base_steps
+        return TrainingPlan(steps, self.base_rate, 0.03, warmup=steps // 6, fused=True)
+
+    def plan(self) -> TrainingPlan:
+        """A cosine to zero."""
+        return TrainingPlan(self.steps, self.rate, weight_decay=0.03, fused=True)
 
     def pictures(self, count: int, split: str, seed: int) -> AttributeScenes:
-        """Scenes of three objects each, as the towers see them."""
-        return replace(self.shape, objects=(3, 3)).scenes(count, split, seed)
+        """`count` scenes, an even number, in twos."""
+        return make_twin_scenes(
+            count // 2,
+            objects=self.shape.objects[1],
+            size=self.shape.size,
+            side=self.shape.side,
+            split=split,
+            seed=seed,
+        )
 
 
 # --- arms ----------------------------------------------------------------------------------------
@@ -119,21 +144,23 @@ class Arm:
         cross: whether it has cross tokens; without them the first block of the image tower merges one token
             less, so that all merged arms have as many tokens in every later place.
         weight: of the divergence in the loss; with 0 the offsets stay at zero as well.
-        short: whether it is fine-tuned for half the steps.
     """
 
     reduction: Reduction
     cross: bool = False
     weight: float = 0.0
-    short: bool = False
 
 
 Make = Callable[[Setting, torch.Generator], Arm]
 
 
 def _rs(setting: Setting, share: float = 1.0, cross: bool = True) -> tuple[int, ...]:
-    r = round(share * setting.merged)
-    return (r if cross else r - 1, *[r] * (setting.shape.layers - 1))
+    """Tokens merged in each block: at most half of those that are neither [CLS] nor the cross token."""
+    free, rs = (setting.shape.size // setting.shape.patch) ** 2, []
+    for _ in range(setting.shape.layers):
+        rs.append(min(round(share * setting.merged), free // 2))
+        free -= rs[-1]
+    return (rs[0] if cross else rs[0] - 1, *rs[1:])
 
 
 def _words(setting: Setting, share: float = 1.0) -> tuple[int, ...]:
@@ -164,10 +191,6 @@ def _dense(setting: Setting, generator: torch.Generator) -> Arm:
     return Arm(Reduction(nothing, nothing, importance=None))
 
 
-def _short(make: Make) -> Make:
-    return lambda setting, generator: replace(make(setting, generator), short=True)
-
-
 ARMS: Mapping[str, Make] = {
     "dense": _dense,
     "random pairs": _unguided(random_matching),
@@ -179,13 +202,10 @@ ARMS: Mapping[str, Make] = {
     "half as many": _guided(share=0.5),
     "text": _guided(share=0.0, words=1.0),
     "both": _guided(words=1.0),
-    "dense, short": _short(_dense),
-    "CGSM, short": _short(_unguided(lambda generator: complete_graph_matching)),
-    "CrossGET, short": _short(_guided()),
 }
 """By name. "own guide" is CrossGET without the other modality: offsets at zero, so that [CLS] guides, and no
 divergence. "shuffled" has CrossGET's training and its importances on the wrong tokens. "half as many" merges
-half the patches, "text" words alone, "both" patches and words; "short" is fine-tuned for half the steps."""
+half the patches, "text" words alone, "both" patches and words."""
 
 
 class Reduced(nn.Module):
@@ -227,35 +247,76 @@ def fine_tune(
         losses.append(contrastive.item())
         return total
 
-    batches = index_batches(len(pairs), setting.batch, 2000 + seed)
-    plan = setting.plan(reduced.arm.short)
-    train(reduced, batches, loss, plan, groups=decay_matrices)
+    batches = twin_batches(len(pairs), setting.batch, 2000 + seed)
+    groups = _groups(reduced, setting.offsets)
+    train(reduced, batches, loss, setting.plan(), groups=lambda reduced: groups)
     return reduced, torch.tensor(losses)
+
+
+def _groups(reduced: Reduced, offsets: float) -> list[dict]:
+    """AdamW's groups: the offsets of cross tokens at a rate of their own, without decay."""
+    groups = decay_matrices(reduced.model)
+    if reduced.cross is not None:
+        groups.append({"params": reduced.cross.parameters(), "weight_decay": 0.0, "rate": offsets})
+    return groups
+
+
+def twin_batches(scenes: int, batch: int, seed: int) -> Iterator[Int[Tensor, " batch"]]:
+    """Endless batches of positions, both twins in one batch; every scene once before any comes again."""
+    for twos in index_batches(scenes // 2, batch // 2, seed):
+        yield torch.stack([2 * twos, 2 * twos + 1], 1).flatten()
 
 
 # --- the build -----------------------------------------------------------------------------------
 
-SEEDS = dict.fromkeys(ARMS, 4) | {"text": 3, "both": 3}
 SETTINGS = {
-    "smoke": Setting(TOWERS["smoke"].shape, dict.fromkeys(ARMS, 3), 8, 2, 8, 3e-4, 2, 24, 1, 16),
-    "cpu": Setting(TOWERS["cpu"].shape, SEEDS, 16, 1, 48, 3e-4, 250, 4000, 4, 256),
-    "gpu": Setting(
-        TOWERS["gpu"].shape, dict.fromkeys(ARMS, 8), 20, 2, 512, 1e-4, 600, 20_000, 4, 1000
+    "smoke": Setting(
+        Shape(24, 4, 16, 2, 2, 16, (3, 3)),
+        dict.fromkeys(ARMS, 3), first=0,
+        merged=8, words=1, twos=12, batch=8, base_rate=1e-3, base_steps=2,
+        rate=1e-4, steps=2, offsets=10.0, galleries=1, gallery=16,
     ),
-}
+    "cpu": Setting(
+        Shape(24, 4, 64, 4, 4, 64, (3, 3)),
+        dict.fromkeys(ARMS, 6) | {"text": 3, "both": 3}, first=10,
+        merged=16, words=1, twos=4000, batch=48, base_rate=1e-3, base_steps=600,
+        rate=1e-4, steps=30, offsets=10.0, galleries=4, gallery=256,
+    ),
+    "gpu": Setting(
+        Shape(96, 8, 256, 6, 8, 256, (4, 4), (16, 24)),
+        dict.fromkeys(ARMS, 8), first=0,
+        merged=40, words=2, twos=20_000, batch=512, base_rate=1e-3, base_steps=4000,
+        rate=5e-5, steps=200, offsets=10.0, galleries=4, gallery=1000,
+    ),
+}  # fmt: skip
+
+
+def train_towers(setting: Setting, pairs: Pairs, seed: int) -> ImageTextModel:
+    """Towers of one seed before any merging."""
+    towers = untrained(setting.shape, seed).to(pairs.ids.device)
+    train(
+        towers,
+        twin_batches(len(pairs), setting.batch, 1000 + seed),
+        lambda towers, index: contrastive_loss(towers, pairs[index], global_similarity),
+        setting.base_plan(),
+        groups=decay_matrices,
+    )
+    return towers
 
 
 def build(target: Path, profile: str) -> None:
-    """Fine-tune all arms of a profile; write weights and losses."""
+    """Train the towers, fine-tune all arms of a profile; write weights and losses."""
     setting = SETTINGS[profile]
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
-    towers = load_towers(profile, device).models["global"]
     losses: dict[str, list[Tensor]] = {name: [] for name in setting.arms}
-    for seed in range(max(setting.arms.values())):
-        pairs = paired(setting.pictures(setting.scenes, "train", seed)).to(device)
+    for number in range(max(setting.arms.values())):
+        seed = setting.first + number
+        pairs = paired(setting.pictures(2 * setting.twos, "train", seed)).to(device)
+        towers = train_towers(setting, pairs, seed)
+        save_model(towers, target / f"towers-{seed}.safetensors")
         for name, seeds in setting.arms.items():
-            if seed < seeds:
-                reduced, loss = fine_tune(name, towers[seed], setting, pairs, seed)
+            if number < seeds:
+                reduced, loss = fine_tune(name, towers, setting, pairs, seed)
                 save_model(reduced, target / f"{name}-{seed}.safetensors")
                 losses[name].append(loss)
     for name, rows in losses.items():
@@ -282,6 +343,14 @@ def load(profile: str = "cpu", device: torch.device | str = "cpu") -> TrainedMod
         load_model(reduced, directory / f"{name}-{seed}.safetensors")
         return reduced.to(device).eval()
 
-    arms = {name: [read(name, seed) for seed in range(n)] for name, n in setting.arms.items()}
-    towers = load_towers(profile, device).models["global"]
+    def read_towers(seed: int) -> ImageTextModel:
+        towers = untrained(setting.shape, seed)
+        load_model(towers, directory / f"towers-{seed}.safetensors")
+        return towers.to(device).eval()
+
+    def seeds(count: int) -> range:
+        return range(setting.first, setting.first + count)
+
+    arms = {name: [read(name, seed) for seed in seeds(n)] for name, n in setting.arms.items()}
+    towers = [read_towers(seed) for seed in seeds(max(setting.arms.values()))]
     return TrainedModels(towers, arms, load_file(directory / LOSSES))
