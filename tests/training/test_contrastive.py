@@ -1,4 +1,4 @@
-"""InfoNCE with hard negatives and masks: against torch's cross-entropy and by hand."""
+"""InfoNCE with hard negatives and masks, and SDM: against torch's own and by hand."""
 
 import itertools
 import math
@@ -12,6 +12,7 @@ from reattend.training.contrastive import (
     cosine_logits,
     counted_candidates,
     shared_targets,
+    similarity_distribution_matching,
     symmetric_info_nce,
 )
 
@@ -118,3 +119,44 @@ def test_refusals():
         counted_candidates(torch.tensor([1, 2]), torch.tensor([[5], [2]]))
     with pytest.raises(ValueError, match="temperature must be positive"):
         cosine_logits(normal(2, 3), normal(2, 3), 0.0)
+
+
+def test_sdm_of_two_pairs():
+    """p = 3/4 for the right one: KL = .75 log(.75 / 1) + .25 log(.25 / 1e-8), in both directions."""
+    logits = torch.tensor([[math.log(3), 0.0], [0.0, math.log(3)]], dtype=torch.float64)
+    expected = 0.75 * math.log(0.75) + 0.25 * math.log(0.25e8)
+    found = similarity_distribution_matching(logits, torch.eye(2, dtype=torch.float64))
+    assert found.item() == pytest.approx(2 * expected, abs=1e-7)
+
+
+def test_sdm_is_nothing_where_probabilities_are_the_targets():
+    targets = shared_targets(torch.tensor([4, 7, 4, 9, 4]))
+    found = similarity_distribution_matching(targets.clamp_min(1e-30).log(), targets)
+    assert abs(found.item()) < 1e-6
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sdm_is_the_divergence_of_both_directions(seed):
+    logits = 3 * torch.randn(5, 5, generator=torch.Generator().manual_seed(seed)).double()
+    targets = shared_targets(torch.tensor([0, 1, 2, 1, 3]))
+    both = [
+        torch.distributions.kl_divergence(
+            torch.distributions.Categorical(logits=table),
+            torch.distributions.Categorical(probs=targets + 0.01, validate_args=False),
+        )
+        for table in (logits, logits.T)
+    ]
+    # Categorical divides q + floor by its sum, which is the same in every row.
+    shift = math.log(1 + 5 * 0.01)
+    expected = sum(kl.mean().item() - shift for kl in both)
+    found = similarity_distribution_matching(logits, targets, floor=0.01)
+    assert found.item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_sdm_pulls_matches_together_and_pushes_others_apart():
+    logits = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
+    targets = shared_targets(torch.tensor([0, 1, 0, 2]))
+    similarity_distribution_matching(logits, targets).backward()
+    assert (logits.grad[targets > 0] < 0).all()
+    assert (logits.grad[targets == 0] > 0).all()
+    assert torch.autograd.gradcheck(lambda x: similarity_distribution_matching(x, targets), logits)

@@ -1,4 +1,6 @@
-"""InfoNCE with hard negatives: queries against the answers and the mined negatives of a whole batch.
+"""Contrastive losses: InfoNCE with hard negatives, CLIP's two directions, and SDM.
+
+InfoNCE sets queries against the answers and the mined negatives of a whole batch.
 
 The candidates of a batch are its answers, one a query and in the order of the queries, and behind them
 the mined negatives of all queries. What comes again of a query's own answer among the candidates is not
@@ -94,3 +96,24 @@ def symmetric_info_nce(
     rows = (targets * image_to_text.log_softmax(1)).sum(1)
     columns = (targets * text_to_image.T.log_softmax(1)).sum(1)
     return -(rows + columns).mean() / 2
+
+
+def similarity_distribution_matching(
+    logits: Float[Tensor, "batch batch"],
+    targets: Float[Tensor, "batch batch"],
+    floor: float = 1e-8,
+) -> Float[Tensor, ""]:
+    """SDM: KL divergence of the matching probabilities from the targets, pictures and texts in turn summed, in nats.
+
+    KL(p || q + floor) with p a softmax of the logits, mean over rows, plus the same of the columns (Jiang and Ye
+    2023, IRRA). InfoNCE is the cross-entropy of the targets and asks p to cover them; here what is probable and no
+    target costs about -log(floor), 18.4 nats: p is pushed off all false matches.
+
+    Args:
+        logits: cosines of picture i and text j over the temperature (.02 in the paper) at [i, j].
+        targets: distribution over texts in each row, symmetric (`shared_targets`).
+        floor: added to the targets, whose logarithm is taken.
+    """
+    expected = (targets.to(logits) + floor).log()
+    log_p = torch.stack([logits.log_softmax(1), logits.T.log_softmax(1)])
+    return (log_p.exp() * (log_p - expected)).sum(2).mean(1).sum()
