@@ -119,7 +119,9 @@ def test_a_changed_reader_is_attention_with_changed_projections(tiny, mask):
         query, key, _ = projections(layer, states, turn)
         document = torch.where((block > 0) & (block < 4), block - 1, -1)
         expected = document_scores(query[:, :, -2:], key, document, 3)
-        assert (document_scores(*_own(tiny, states, turn), document, 3) - expected).abs().max() > 0.01
+        assert (
+            document_scores(*_own(tiny, states, turn), document, 3) - expected
+        ).abs().max() > 0.01
         torch.testing.assert_close(reader(seen), expected, rtol=0, atol=1e-4)
 
 

@@ -418,7 +418,9 @@ class Setting:
 SETTINGS = {
     "smoke": Setting(train=12, test=8, further=4, documents=4, looked=3, seeds=3, steps=4, batch=8),
     "cpu": Setting(train=240, test=220, further=580, documents=8, looked=24, seeds=8, steps=150),
-    "gpu": Setting(train=4_000, test=960, further=960, documents=8, looked=240, seeds=16, steps=1_000, batch=32),
+    "gpu": Setting(
+        train=4_000, test=960, further=960, documents=8, looked=240, seeds=16, steps=1_000, batch=32
+    ),
 }
 DEALT, LONGER = "block, documents at random", "full, twice the steps"
 
