@@ -1,5 +1,7 @@
 """Reading under masks, the placebo's density, readers that start at the model's own attention, shares by hand."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -80,7 +82,7 @@ def test_an_untrained_reader_is_the_models_attention(tiny, mask):
     """Against the layer's own projections, on one prompt, under the mask itself."""
     for prompt in prompts():
         seen = read(tiny, [prompt], mask, [2], seed=0)[0][2]
-        reader = Reader(seen, 6, 2, 3, rank=4, generator=torch.Generator().manual_seed(1))
+        reader = Reader(seen, 3, rank=4, generator=torch.Generator().manual_seed(1))
         ids, block = joined([prompt])
         allowed, places = visible(block), shared_positions(block, OFFSET)
         if mask == "full":
@@ -96,6 +98,36 @@ def test_an_untrained_reader_is_the_models_attention(tiny, mask):
         document = torch.where((block > 0) & (block < 4), block - 1, -1)
         expected = document_scores(query[:, :, -2:], key, document, 3)
         torch.testing.assert_close(reader(seen), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS[:2])
+def test_a_changed_reader_is_attention_with_changed_projections(tiny, mask):
+    """W_q + A B and W_k + A B in the layer itself, on queries and keys turned afterwards."""
+    generator = torch.Generator().manual_seed(3)
+    for prompt in prompts():
+        seen = read(tiny, [prompt], mask, [2], seed=0)[0][2]
+        reader = Reader(seen, 3, rank=4, generator=generator)
+        layer = copy.deepcopy(tiny.model.layers[2])
+        for factors, project in ((reader.query, "q_proj"), (reader.key, "k_proj")):
+            factors[1].data.normal_(generator=generator)
+            change = factors[0] @ factors[1].transpose(0, 1).flatten(1)
+            getattr(layer.self_attn, project).weight.data += change.detach().T
+        ids, block = joined([prompt])
+        attend = Masked(mask, block, generator)
+        states = states_entering(tiny, ids, attend.positions, attend, [2])[2]
+        turn = tiny.model.rotary_emb(states, attend.positions)
+        query, key, _ = projections(layer, states, turn)
+        document = torch.where((block > 0) & (block < 4), block - 1, -1)
+        expected = document_scores(query[:, :, -2:], key, document, 3)
+        assert (
+            document_scores(*_own(tiny, states, turn), document, 3) - expected
+        ).abs().max() > 0.01
+        torch.testing.assert_close(reader(seen), expected, rtol=0, atol=1e-4)
+
+
+def _own(model, states, turn):
+    query, key, _ = projections(model.model.layers[2], states, turn)
+    return query[:, :, -2:], key
 
 
 def test_decoding_reads_the_logits_of_the_whole_model(tiny):
@@ -147,7 +179,7 @@ def test_a_reader_learns_where_the_right_document_is_marked(tiny):
     for prompt, place in zip(batch, right.tolist(), strict=True):
         prompt[place + 1][-1] = 49
     seen = read(tiny, batch, "block", [0], seed=0)[0][0]
-    reader = Reader(seen, 6, 2, 4, rank=4, generator=generator)
+    reader = Reader(seen, 4, rank=4, generator=generator)
     before = (reader(seen).argmax(1) == right)[200:].float().mean()
     plan = TrainingPlan(100, 0.03, weight_decay=0.0)
     batches = iter(lambda: torch.randint(200, (32,), generator=generator), None)

@@ -133,21 +133,22 @@ class Seen:
     Attributes:
         inputs, signal_inputs: normalised states that enter the layer, of document tokens (padded on the
             right) and of the signal tokens.
-        key, query: the model's own projections of them, before the rotary embedding.
+        key, query: the model's own projections of them, turned by their positions.
         turn, signal_turn: cosine and sine of each one's position.
         document: number of each document token's document, -1 for padding.
     """
 
     inputs: Float[Tensor, "prompts tokens width"]
     signal_inputs: Float[Tensor, "prompts signals width"]
-    key: Float[Tensor, "prompts tokens key_width"]
-    query: Float[Tensor, "prompts signals query_width"]
+    key: Float[Tensor, "prompts tokens key_heads dim"]
+    query: Float[Tensor, "prompts signals query_heads dim"]
     turn: Float[Tensor, "prompts tokens 2 dim"]
     signal_turn: Float[Tensor, "prompts signals 2 dim"]
     document: Int[Tensor, "prompts tokens"]
 
     def __getitem__(self, index: Tensor) -> Seen:
-        return Seen(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+        """Of some prompts; twice as fast as indexing."""
+        return Seen(*(getattr(self, n).index_select(0, index) for n in self.__dataclass_fields__))
 
     def __len__(self) -> int:
         return len(self.document)
@@ -200,10 +201,20 @@ def _seen(
     document = document.gather(1, chosen)
     rows = torch.arange(len(block))[:, None]
     turn = torch.stack(model.model.rotary_emb(states.float(), positions), 2)
+    turns = turn[rows, chosen], turn[:, -SIGNALS:]
     normed = layer.input_layernorm(states)
-    inputs, signals = normed[rows, chosen], normed[:, -SIGNALS:]
-    key, query = layer.self_attn.k_proj(inputs), layer.self_attn.q_proj(signals)
-    return Seen(inputs, signals, key, query, turn[rows, chosen], turn[:, -SIGNALS:], document)
+    inputs = normed[rows, chosen], normed[:, -SIGNALS:]
+    projections = layer.self_attn.k_proj(inputs[0]), layer.self_attn.q_proj(inputs[1])
+    key, query = (
+        _turned(x.float().unflatten(-1, (-1, layer.self_attn.head_dim)), of_x)
+        for x, of_x in zip(projections, turns, strict=True)
+    )
+    return Seen(*inputs, key, query, *turns, document)
+
+
+def _turned(x: Tensor, turn: Tensor) -> Float[Tensor, "prompts tokens heads dim"]:
+    cosine, sine = turn[:, :, None, 0], turn[:, :, None, 1]
+    return x * cosine + rotate_half(x) * sine
 
 
 def _together(parts: Sequence[Seen]) -> Seen:
@@ -230,8 +241,7 @@ class Reader(nn.Module):
     Starts at the model's own attention: the second factor of each change is 0.
 
     Args:
-        seen: an example of what it will be given, for the widths.
-        heads, key_heads: of the layer.
+        seen: an example of what it will be given, for the widths and heads.
         documents: N.
         rank: of both changes.
         generator: of the first factors.
@@ -240,29 +250,28 @@ class Reader(nn.Module):
     def __init__(
         self,
         seen: Seen,
-        heads: int,
-        key_heads: int,
         documents: int,
         rank: int,
         generator: Generator,
     ) -> None:
         super().__init__()
-        self.heads, self.key_heads, self.documents = heads, key_heads, documents
+        self.documents = documents
         width = seen.inputs.shape[-1]
 
-        def factors(outputs: int) -> nn.ParameterList:
+        def factors(projected: Tensor) -> nn.ParameterList:
+            heads, dim = projected.shape[2:]
             first = torch.randn(width, rank, generator=generator) / width**0.5
-            return nn.ParameterList([first, torch.zeros(rank, outputs)])
+            return nn.ParameterList([first, torch.zeros(heads, rank, dim)])
 
-        self.query, self.key = factors(seen.query.shape[-1]), factors(seen.key.shape[-1])
+        self.query, self.key = factors(seen.query), factors(seen.key)
 
     def by_head(self, seen: Seen) -> Float[Tensor, "prompts heads documents"]:
         """S of every head."""
-        query = seen.query.float() + seen.signal_inputs.float() @ self.query[0] @ self.query[1]
-        key = seen.key.float() + seen.inputs.float() @ self.key[0] @ self.key[1]
+        query = _change(seen.signal_inputs, *self.query, seen.signal_turn)
+        key = _change(seen.inputs, *self.key, seen.turn)
         return head_scores(
-            _turned(query, self.heads, seen.signal_turn),
-            _turned(key, self.key_heads, seen.turn),
+            seen.query.transpose(1, 2) + query,
+            seen.key.transpose(1, 2) + key,
             seen.document,
             self.documents,
         )
@@ -272,10 +281,13 @@ class Reader(nn.Module):
         return self.by_head(seen).mean(1)
 
 
-def _turned(x: Tensor, heads: int, turn: Tensor) -> Float[Tensor, "prompts heads tokens dim"]:
-    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def _change(
+    inputs: Tensor, first: Tensor, second: Tensor, turn: Tensor
+) -> Float[Tensor, "prompts heads tokens dim"]:
+    """What is added to a projection, turned; to turn small factors costs less than to turn all tokens."""
+    narrow = (inputs @ first.to(inputs.dtype)).float()[:, None]
     cosine, sine = turn[:, None, :, 0], turn[:, None, :, 1]
-    return x * cosine + rotate_half(x) * sine
+    return cosine * (narrow @ second) + sine * (narrow @ rotate_half(second))
 
 
 def fit_reader(
@@ -380,6 +392,7 @@ class Setting:
 
     Attributes:
         train, test: prompts.
+        further: test prompts that are read under the full mask up to l* alone.
         documents: N of each.
         looked: test prompts of which all attention is looked at.
         layer: l*, under every mask.
@@ -390,6 +403,7 @@ class Setting:
 
     train: int
     test: int
+    further: int
     documents: int
     looked: int
     seeds: int
@@ -402,9 +416,11 @@ class Setting:
 
 
 SETTINGS = {
-    "smoke": Setting(train=12, test=8, documents=4, looked=3, seeds=3, steps=4, batch=8),
-    "cpu": Setting(train=240, test=220, documents=8, looked=24, seeds=8, steps=150),
-    "gpu": Setting(train=4_000, test=960, documents=8, looked=240, seeds=16, steps=1_000, batch=32),
+    "smoke": Setting(train=12, test=8, further=4, documents=4, looked=3, seeds=3, steps=4, batch=8),
+    "cpu": Setting(train=240, test=220, further=580, documents=8, looked=24, seeds=8, steps=150),
+    "gpu": Setting(
+        train=4_000, test=960, further=960, documents=8, looked=240, seeds=16, steps=1_000, batch=32
+    ),
 }
 DEALT, LONGER = "block, documents at random", "full, twice the steps"
 
@@ -425,7 +441,7 @@ def build(target: Path, profile: str) -> None:
     setting = SETTINGS[profile]
     model, tokenizer = smollm2.load(dtype=torch.bfloat16)
     lists = verse_lists(setting.train, setting.documents, "train", 0)
-    lists += verse_lists(setting.test, setting.documents, "test", 0)
+    lists += verse_lists(setting.test + setting.further, setting.documents, "test", 0)
     prompts = [prompt_blocks(tokenizer, item) for item in lists]
     right = torch.tensor([item.right for item in lists])
     tensors: dict[str, Tensor] = {}
@@ -436,16 +452,18 @@ def build(target: Path, profile: str) -> None:
     tensors["between"], tensors["segments"] = shares(model, prompts[looked], lists[looked])
     drawn = [_draw(setting, seed) for seed in range(setting.seeds)]
     tensors["drawn"] = torch.stack([d.bincount(minlength=setting.train) for d in drawn])
-    kinds = arms(setting)
+    kinds, everywhere = arms(setting), setting.train + setting.test
     for mask in MASKS:
         layers = sorted({layer for other, layer in kinds.values() if other == mask})
         asked = names if mask == "full" else None
-        seen, answers = read(model, prompts, mask, layers, seed=0, names=asked)
+        seen, answers = read(model, prompts[:everywhere], mask, layers, seed=0, names=asked)
         if answers is not None:
             tensors["decoded"] = answers
+            more, _ = read(model, prompts[everywhere:], mask, [setting.layer], seed=0)
+            seen[setting.layer] = _together([seen[setting.layer], more[setting.layer]])
         print(f"{mask}: read", flush=True)
         for arm, (_, layer) in ((a, k) for a, k in kinds.items() if k[0] == mask):
-            trained, losses, untrained = _readers(arm, seen[layer], right, drawn, setting, model)
+            trained, losses, untrained = _readers(arm, seen[layer], right, drawn, setting)
             tensors |= {f"{arm}/scores": trained, f"{arm}/losses": losses}
             tensors[f"{arm}/untrained"] = untrained
             print(f"{arm}: trained", flush=True)
@@ -467,21 +485,19 @@ def _readers(
     right: Int[Tensor, " prompts"],
     drawn: Sequence[Int[Tensor, " train"]],
     setting: Setting,
-    model: PreTrainedModel,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores of all prompts by one reader a seed, the losses of each, and the scores of untrained heads."""
     steps = setting.steps * (2 if arm == LONGER else 1)
     plan = TrainingPlan(steps, setting.learning_rate, weight_decay=0.0, warmup=steps // 10)
-    heads = model.config.num_attention_heads, model.config.num_key_value_heads
     scores, losses, untrained = [], [], None
     for seed, rows in enumerate(drawn):
         generator = Generator().manual_seed(seed)
-        reader = Reader(seen, *heads, setting.documents, setting.rank, generator)
+        reader = Reader(seen, setting.documents, setting.rank, generator)
         if untrained is None:
             untrained = _outputs(reader.by_head, seen)
-        target = right
+        target = right[: len(seen)]
         if arm == DEALT:
-            target = torch.randint(setting.documents, right.shape, generator=generator)
+            target = torch.randint(setting.documents, target.shape, generator=generator)
         order = index_batches(setting.train, setting.batch, seed)
         batches = (rows[index] for index in order)
         losses.append(fit_reader(reader, seen, target, plan, batches).losses)
@@ -496,11 +512,12 @@ def _outputs(score: Callable[[Seen], Tensor], seen: Seen) -> Tensor:
 
 @dataclass(frozen=True)
 class Asked:
-    """What was found in a profile; items are training prompts, then test prompts.
+    """What was found in a profile; items are training prompts, then test prompts, then, under the full
+    mask at l* alone, further test prompts.
 
     Attributes:
         lists: the prompts' queries and documents.
-        train: number of training prompts.
+        train, test: numbers of training prompts and of test prompts.
         scores: by kind of reader (see `arms`), S of every reader.
         untrained: by kind of reader, S of every head of the layer as it is.
         losses: by kind of reader, of every training step.
@@ -511,6 +528,7 @@ class Asked:
 
     lists: list[VerseList]
     train: int
+    test: int
     scores: dict[str, Float[Tensor, "seeds items documents"]]
     untrained: dict[str, Float[Tensor, "items heads documents"]]
     losses: dict[str, Float[Tensor, "seeds steps"]]
@@ -532,4 +550,5 @@ def load(profile: str = "cpu") -> Asked:
         for part in ("scores", "untrained", "losses")
     )
     others = (tensors[name] for name in ("drawn", "decoded", "between", "segments"))
-    return Asked(lists, SETTINGS[profile].train, *by_kind, *others)
+    sizes = SETTINGS[profile].train, SETTINGS[profile].test
+    return Asked(lists, *sizes, *by_kind, *others)

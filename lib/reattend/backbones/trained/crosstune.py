@@ -326,7 +326,7 @@ def _written(
     labels: Int[Tensor, " items"],
     seed: int,
     setting: Setting,
-) -> tuple[list[str], Int[Tensor, " items"]]:
+) -> tuple[list[str], Int[Tensor, " lines"]]:
     """What SmolLM2 writes for each class behind the first examples of one draw."""
     rows = [[pool[i] for i in row] for row in draw_shots(labels, EXAMPLES, seed).tolist()]
     prompts = [writing_prompt(d, r) for d, r in zip(descriptions(QUESTIONS), rows, strict=True)]
