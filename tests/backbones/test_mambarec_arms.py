@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from reattend.backbones.trained import mambarec as build
 from reattend.backbones.trained.mambarec import (
@@ -100,6 +102,44 @@ def test_a_world_trains_as_it_would_alone(name):
     torch.testing.assert_close(together[:, 1:], alone, rtol=0, atol=2e-2, equal_nan=True)
     assert (together[-1, 0] - together[-1, 1])[:6].abs().max() > 0.02
     assert together.shape == (2 * arm.longer + 1, 2, len(MEASURES))
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails at an operation whose tensors lie on several devices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        assert len(found) <= 1, f"{func} on {found}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*ARMS, *MORE_ARMS])
+def test_an_arm_stays_on_the_device_of_its_worlds(name, monkeypatch):
+    """On the meta device, which stands in for a GPU."""
+    arm, worlds = (ARMS | MORE_ARMS)[name], worlds_of(3, 4)
+    there = worlds.to("meta")
+    assert {t.device.type for t in (*there.content.values(), *there.unseen.values())} == {"meta"}
+    # Draws are made from interactions on the CPU and follow the device, which the utility tells.
+    readable = replace(worlds, world=replace(worlds.world, utility=there.world.utility))
+    with OneDevice():
+        drawn = next(steps(readable, SETTING, 0))
+        model = make_model(there, arm, SETTING)
+        loss = loss_of(model(drawn.keep), drawn, arm, clouds(there, SETTING.width)).sum()
+        loss.backward()
+        monkeypatch.setattr(build, "list_scores", lambda scores, *_: [scores.mean((1, 2))] * 2)
+        found = check(model, there)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert {t.device.type for t in (*model.state_dict().values(), *gradients, found)} == {"meta"}
+    assert found.shape == (2, len(MEASURES))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["MambaRec", "random clouds", "permuted features", "LightGCN"])
+def test_a_gpu_trains_as_the_cpu_does(name):
+    curves = [fit(worlds_of(3, 4).to(d), ARMS[name], SETTING)[1] for d in ("cpu", "cuda")]
+    assert {curve.device.type for curve in curves} == {"cpu"}
+    torch.testing.assert_close(*(c[..., :6] for c in curves), rtol=0, atol=1e-2)
 
 
 def test_losses_of_arms():

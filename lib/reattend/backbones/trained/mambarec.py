@@ -169,6 +169,18 @@ class Worlds:
         unseen = {name: table[others] for name, table in catalogue.items()}
         return Worlds(tuple(seeds), world, content, unseen)
 
+    @property
+    def device(self) -> torch.device:
+        return self.world.utility.device
+
+    def to(self, device: torch.device | str) -> Worlds:
+        """The same on a device; models made for them and their draws follow."""
+        parts = {part: mask.to(device) for part, mask in self.world.parts.items()}
+        catalogue, utility = self.world.catalogue.to(device), self.world.utility.to(device)
+        content = {name: table.to(device) for name, table in self.content.items()}
+        unseen = {name: table.to(device) for name, table in self.unseen.items()}
+        return Worlds(self.seeds, World(catalogue, utility, parts), content, unseen)
+
     def first(self, count: int) -> Worlds | None:
         """The first worlds, all where they are fewer; None where none is asked for."""
         if count <= 0:
@@ -204,8 +216,11 @@ DROPOUT = 0.2
 
 
 def steps(worlds: Worlds, setting: Setting, epoch: int) -> Iterator[Drawn]:
-    """All steps of an epoch; a world's draws depend on its seed and the epoch alone."""
-    trained = worlds.world.parts["train"]
+    """All steps of an epoch; a world's draws depend on its seed and the epoch alone.
+
+    They are made on the CPU, so that every device trains on the same, and lie on the worlds' device.
+    """
+    trained, device = worlds.world.parts["train"].cpu(), worlds.device
     generators = [Generator().manual_seed(1_000_003 * seed + epoch) for seed in worlds.seeds]
     orders, missing = [], []
     for mask, generator in zip(trained, generators, strict=True):
@@ -219,8 +234,9 @@ def steps(worlds: Worlds, setting: Setting, epoch: int) -> Iterator[Drawn]:
     for part in torch.arange(rows.shape[2]).split(setting.batch):
         keep = torch.stack([torch.rand(2, items, width, generator=g) for g in generators])
         others = torch.stack([torch.randperm(len(part), generator=g) for g in generators])
-        batch = Batch(rows[:, 0, part], rows[:, 1, part], negative[:, part])
-        yield Drawn(batch, others, (keep >= DROPOUT).float() / (1 - DROPOUT))
+        drawn = (rows[:, 0, part], rows[:, 1, part], negative[:, part])
+        factors = (keep >= DROPOUT).float() / (1 - DROPOUT)
+        yield Drawn(Batch(*(x.to(device) for x in drawn)), others.to(device), factors.to(device))
 
 
 def negatives(
@@ -238,25 +254,27 @@ def negatives(
 
 
 def make_model(worlds: Worlds, arm: Arm, setting: Setting) -> nn.Module:
-    """An untrained model of an arm for every world."""
+    """An untrained model of an arm for every world, on their device."""
     generators = [Generator().manual_seed(20_000 + seed) for seed in worlds.seeds]
     trained = worlds.world.parts["train"]
     if arm.kind == "lightgcn":
-        return LightGCN(generators, trained, arm.layers, setting.width)
+        return LightGCN(generators, trained, arm.layers, setting.width).to(worlds.device)
     content = worlds.content
     if arm.content == "permuted":
         content = permuted(content, worlds.seeds)
     if arm.kind == "vbpr":
-        return VBPR(generators, content, trained.shape[1], setting.width)
+        return VBPR(generators, content, trained.shape[1], setting.width).to(worlds.device)
     graphs = Graphs.of(trained, content, arm.layers)
-    return MambaRec(generators, content, graphs, replace(arm.design, width=setting.width))
+    design = replace(arm.design, width=setting.width)
+    return MambaRec(generators, content, graphs, design).to(worlds.device)
 
 
 def permuted(content: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
     """Features of all modalities dealt out anew over the items, together."""
-    items = next(iter(content.values())).shape[1]
-    orders = [torch.randperm(items, generator=Generator().manual_seed(30_000 + s)) for s in seeds]
-    rows = torch.stack(orders)[..., None]
+    first = next(iter(content.values()))
+    generators = [Generator().manual_seed(30_000 + seed) for seed in seeds]
+    orders = [torch.randperm(first.shape[1], generator=g) for g in generators]
+    rows = torch.stack(orders)[..., None].to(first.device)
     return {name: table.gather(1, rows.expand(table.shape)) for name, table in content.items()}
 
 
@@ -269,7 +287,7 @@ def clouds(worlds: Worlds, width: int) -> dict[str, Float[Tensor, "worlds items 
         found.append(
             F.relu(centres + torch.randn(len(MODALITIES), items, width, generator=generator))
         )
-    return dict(zip(MODALITIES, torch.stack(found, 1), strict=True))
+    return dict(zip(MODALITIES, torch.stack(found, 1).to(worlds.device), strict=True))
 
 
 def loss_of(views: Views, drawn: Drawn, arm: Arm, cloud: Mapping[str, Tensor]) -> Tensor:
@@ -309,10 +327,10 @@ def check(model: nn.Module, worlds: Worlds) -> Float[Tensor, "worlds measures"]:
     model.eval()
     views = model()
     found = scores_of(views.scores(), worlds.world)
-    apart = torch.full((len(worlds.seeds), len(BANDWIDTHS)), torch.nan, dtype=found.dtype)
+    apart = found.new_full((len(worlds.seeds), len(BANDWIDTHS)), torch.nan)
     if views.refined:
         x, y = (model.refined(name, worlds.unseen[name]) for name in MODALITIES)
-        even = torch.full(x.shape[:2], 1 / x.shape[1])
+        even = x.new_full(x.shape[:2], 1 / x.shape[1])
         apart = torch.stack([mmd(x, y, even, s) for s in BANDWIDTHS], 1).to(found.dtype)
     model.train()
     return torch.cat([found, apart], 1)
@@ -329,10 +347,13 @@ def scores_of(scores: Tensor, world: World) -> Float[Tensor, "worlds scores"]:
 def fit(
     worlds: Worlds, arm: Arm, setting: Setting
 ) -> tuple[nn.Module, Float[Tensor, "checks worlds measures"]]:
-    """Models of an arm trained on all worlds side by side, and what the checks found, the untrained first."""
+    """Models of an arm trained on all worlds side by side, on their device.
+
+    Beside them, on the CPU, what the checks found, the untrained models first.
+    """
     model, cloud = make_model(worlds, arm, setting), clouds(worlds, setting.width)
     optimiser = torch.optim.Adam(model.parameters(), lr=arm.rate, fused=True)
-    found = [check(model, worlds)]
+    found = [check(model, worlds).cpu()]
     for epoch in range(arm.longer * setting.epochs):
         for group in optimiser.param_groups:
             group["lr"] = arm.rate * 0.96 ** (epoch / 50)
@@ -342,7 +363,7 @@ def fit(
             loss_of(model(drawn.keep), drawn, arm, cloud).sum().backward()
             optimiser.step()
         if (epoch + 1) % setting.every == 0:
-            found.append(check(model, worlds))
+            found.append(check(model, worlds).cpu())
     return model, torch.stack(found)
 
 
@@ -410,9 +431,10 @@ class Trained:
 def build(target: Path, profile: str) -> None:
     """Train all arms of a profile and write what they found into the empty directory `target`."""
     setting = SETTINGS[profile]
+    device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
     content = stamp_content(setting.limit)
     parts = torch.arange(setting.seeds).split(setting.together)
-    groups = [Worlds.of(content, setting.taste, part.tolist()) for part in parts]
+    groups = [Worlds.of(content, setting.taste, part.tolist()).to(device) for part in parts]
     levels = {
         "oracle": [scores_of(worlds.world.utility, worlds.world) for worlds in groups],
         "popularity": [
@@ -432,7 +454,7 @@ def build(target: Path, profile: str) -> None:
             found.append(curve)
         curves[name] = torch.cat(found, 1).contiguous()
         print(f"{name}: {curves[name].shape[1]} seeds", flush=True)
-    levels = {name: torch.cat(found) for name, found in levels.items()}
+    levels = {name: torch.cat(found).cpu() for name, found in levels.items()}
     save_file(content, target / "content.safetensors")
     save_file(levels, target / "levels.safetensors")
     save_file(curves, target / "curves.safetensors")
@@ -441,9 +463,9 @@ def build(target: Path, profile: str) -> None:
 
 @torch.no_grad()
 def embedded(model: MambaRec, worlds: Worlds) -> dict[str, Float[Tensor, "others width"]]:
-    """Refined embeddings of the unseen stamps of the first world, by modality."""
+    """Refined embeddings of the unseen stamps of the first world, by modality, on the CPU."""
     model.eval()
-    return {m: model.refined(m, worlds.unseen[m])[0].contiguous() for m in MODALITIES}
+    return {m: model.refined(m, worlds.unseen[m])[0].cpu().contiguous() for m in MODALITIES}
 
 
 def load(profile: str = "cpu") -> Trained:
