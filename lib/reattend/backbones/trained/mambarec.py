@@ -426,7 +426,7 @@ class Trained:
     """
 
     content: dict[str, Float[Tensor, "stamps dim"]]
-    levels: dict[str, Float[Tensor, "seeds scores"]]
+    levels: dict[str, Float[Tensor, "worlds scores"]]
     curves: dict[str, Float[Tensor, "checks seeds measures"]]
     refined: dict[str, dict[str, Float[Tensor, "others width"]]]
 
