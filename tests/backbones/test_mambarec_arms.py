@@ -16,6 +16,7 @@ from reattend.backbones.trained.mambarec import (
     MODALITIES,
     MORE_ARMS,
     OFF,
+    RIVAL_ARMS,
     Arm,
     Setting,
     Worlds,
@@ -43,7 +44,7 @@ from reattend.recommendation.ranking import list_scores
 
 TASTE = Taste(users=23, items=31, components=2, counts=(4, 2, 5))
 SETTING = Setting(None, TASTE, 2, 2, 1, 1, 2, 1, 37, 6, 2)
-ALL_ARMS = ARMS | GATE_ARMS | MORE_ARMS
+ALL_ARMS = ARMS | GATE_ARMS | RIVAL_ARMS | MORE_ARMS
 
 
 def catalogue():
@@ -95,7 +96,7 @@ def test_draws_depend_on_seed_and_epoch_alone():
     assert not torch.equal(first.batch.users, second.batch.users)
 
 
-@pytest.mark.parametrize("name", ["MambaRec", "random clouds", "LightGCN", "VBPR"])
+@pytest.mark.parametrize("name", ["MambaRec", "random clouds", "LightGCN", "VBPR", "FREEDOM"])
 def test_a_world_trains_as_it_would_alone(name):
     arm = ALL_ARMS[name]
     (_, together), (_, alone) = (fit(w, arm, SETTING) for w in (worlds_of(3, 4), worlds_of(4)))

@@ -26,7 +26,13 @@ from reattend.backbones.pretrained import minilm, vit
 from reattend.backbones.store import backbone_path
 from reattend.data.images import stamps
 from reattend.data.tastes import Taste, World, draw_world, stack
-from reattend.recommendation.baselines import VBPR, LightGCN, popularity
+from reattend.recommendation.baselines import (
+    FREEDOM,
+    VBPR,
+    LightGCN,
+    feature_loss,
+    popularity,
+)
 from reattend.recommendation.mambarec import (
     Batch,
     Design,
@@ -98,10 +104,12 @@ class Arm:
         align_to: what MMD brings a modality together with: the "other" one, or a random "cloud" of its own.
         content: whose features an item has: its "own", or those of a random item ("permuted").
         longer: as many times the epochs.
+        dropped: share of interactions that FREEDOM leaves out of the graph, drawn anew every epoch.
+        features: weight of FREEDOM's `feature_loss`.
     """
 
     rate: float
-    kind: Literal["mambarec", "lightgcn", "vbpr"] = "mambarec"
+    kind: Literal["mambarec", "lightgcn", "vbpr", "freedom"] = "mambarec"
     design: Design = field(default_factory=Design)
     weights: Weights = field(default_factory=Weights)
     layers: int = 4
@@ -109,6 +117,8 @@ class Arm:
     align_to: Literal["other", "cloud"] = "other"
     content: Literal["own", "permuted"] = "own"
     longer: int = 1
+    dropped: float = 0.0
+    features: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ class Setting:
     Attributes:
         limit: stamps of each class (None: all).
         taste: size and kind of the worlds.
-        seeds, few, grid: of ARMS, of MORE_ARMS, and of GRID.
+        seeds, few, grid: of ARMS and RIVAL_ARMS, of MORE_ARMS, and of GRID.
         worlds: seeds of GATE_ARMS, of the oracle and of popularity, `seeds` or more.
         epochs, every: of training, and between two checks.
         batch: interactions of a step.
@@ -266,6 +276,9 @@ def make_model(worlds: Worlds, arm: Arm, setting: Setting) -> nn.Module:
         content = permuted(content, worlds.seeds)
     if arm.kind == "vbpr":
         return VBPR(generators, content, trained.shape[1], setting.width).to(worlds.device)
+    if arm.kind == "freedom":
+        model = FREEDOM(generators, trained, content, layers=arm.layers, width=setting.width)
+        return model.to(worlds.device)
     graphs = Graphs.of(trained, content, arm.layers)
     design = replace(arm.design, width=setting.width)
     return MambaRec(generators, content, graphs, design).to(worlds.device)
@@ -296,6 +309,8 @@ def loss_of(views: Views, drawn: Drawn, arm: Arm, cloud: Mapping[str, Tensor]) -
     """An arm's objective on one step, for every world."""
     batch, weights = drawn.batch, arm.weights
     loss = recommendation_loss(views, batch, weights.decay)
+    if arm.kind == "freedom":
+        return loss + arm.features * feature_loss(views, batch)
     if arm.kind != "mambarec":
         return loss
     if weights.contrast:
@@ -359,6 +374,11 @@ def fit(
     for epoch in range(arm.longer * setting.epochs):
         for group in optimiser.param_groups:
             group["lr"] = arm.rate * 0.96 ** (epoch / 50)
+        if arm.dropped:
+            thinners = [
+                Generator().manual_seed(1_000_003 * s + 500_000 + epoch) for s in worlds.seeds
+            ]
+            model.thin(arm.dropped, thinners)
         for drawn in steps(worlds, setting, epoch):
             optimiser.zero_grad()
             # Summed: worlds do not share a parameter, so each sees the gradient of its own mean.
@@ -389,6 +409,11 @@ ARMS = {
 """Trained with every seed. "MGCN" is MambaRec without DREAM and MMD: equal depth, projections, dropout."""
 GATE_ARMS = {"LightGCN": Arm(5e-3, "lightgcn", longer=2)}
 """Trained in more worlds: that interactions tell more than popularity is asked of the worlds, and quick to ask."""
+RIVAL_ARMS = {
+    "FREEDOM": Arm(5e-3, "freedom", layers=2, longer=2, dropped=0.8, features=1.0),
+    "FREEDOM, whole graph": Arm(2.5e-3, "freedom", layers=2, longer=2, features=1.0),
+}
+"""Trained with every seed like ARMS, for the table: no claim is about them."""
 MORE_ARMS = {
     "BPR-MF": Arm(2.5e-3, "lightgcn", layers=0, longer=2),
     "VBPR": Arm(2.5e-3, "vbpr", longer=2),
@@ -448,6 +473,7 @@ def build(target: Path, profile: str) -> None:
     counts = (
         (ARMS, setting.seeds),
         (GATE_ARMS, setting.worlds),
+        (RIVAL_ARMS, setting.seeds),
         (MORE_ARMS, setting.few),
         (GRID, setting.grid),
     )
@@ -485,7 +511,9 @@ def load(profile: str = "cpu") -> Trained:
     for key, table in read["refined"].items():
         arm, _, modality = key.rpartition("/")
         refined.setdefault(arm, {})[modality] = table
-    curves = {name: read["curves"][name] for name in ARMS | GATE_ARMS | MORE_ARMS | GRID}
+    curves = {
+        name: read["curves"][name] for name in ARMS | GATE_ARMS | RIVAL_ARMS | MORE_ARMS | GRID
+    }
     return Trained(read["content"], read["levels"], curves, refined)
 
 
