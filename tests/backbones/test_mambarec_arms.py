@@ -4,15 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from reattend.backbones.trained import mambarec as build
 from reattend.backbones.trained.mambarec import (
     ARMS,
+    GATE_ARMS,
     GRID,
     MEASURES,
     MODALITIES,
     MORE_ARMS,
     OFF,
+    RIVAL_ARMS,
     Arm,
     Setting,
     Worlds,
@@ -39,7 +43,8 @@ from reattend.recommendation.mambarec import (
 from reattend.recommendation.ranking import list_scores
 
 TASTE = Taste(users=23, items=31, components=2, counts=(4, 2, 5))
-SETTING = Setting(None, TASTE, 2, 1, 1, 2, 1, 37, 6, 2)
+SETTING = Setting(None, TASTE, 2, 2, 1, 1, 2, 1, 37, 6, 2)
+ALL_ARMS = ARMS | GATE_ARMS | RIVAL_ARMS | MORE_ARMS
 
 
 def catalogue():
@@ -91,15 +96,53 @@ def test_draws_depend_on_seed_and_epoch_alone():
     assert not torch.equal(first.batch.users, second.batch.users)
 
 
-@pytest.mark.parametrize("name", ["MambaRec", "random clouds", "LightGCN", "VBPR"])
+@pytest.mark.parametrize("name", ["MambaRec", "random clouds", "LightGCN", "VBPR", "FREEDOM"])
 def test_a_world_trains_as_it_would_alone(name):
-    arm = (ARMS | MORE_ARMS)[name]
+    arm = ALL_ARMS[name]
     (_, together), (_, alone) = (fit(w, arm, SETTING) for w in (worlds_of(3, 4), worlds_of(4)))
     # Adam makes a full step of a gradient that is zero but for rounding, so that MMD differs in the third digit.
     torch.testing.assert_close(together[..., :6][:, 1:], alone[..., :6], rtol=0, atol=1e-4)
     torch.testing.assert_close(together[:, 1:], alone, rtol=0, atol=2e-2, equal_nan=True)
     assert (together[-1, 0] - together[-1, 1])[:6].abs().max() > 0.02
     assert together.shape == (2 * arm.longer + 1, 2, len(MEASURES))
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails at an operation whose tensors lie on several devices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        assert len(found) <= 1, f"{func} on {found}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ALL_ARMS)
+def test_an_arm_stays_on_the_device_of_its_worlds(name, monkeypatch):
+    """On the meta device, which stands in for a GPU."""
+    arm, worlds = ALL_ARMS[name], worlds_of(3, 4)
+    there = worlds.to("meta")
+    assert {t.device.type for t in (*there.content.values(), *there.unseen.values())} == {"meta"}
+    # Draws are made from interactions on the CPU and follow the device, which the utility tells.
+    readable = replace(worlds, world=replace(worlds.world, utility=there.world.utility))
+    with OneDevice():
+        drawn = next(steps(readable, SETTING, 0))
+        model = make_model(there, arm, SETTING)
+        loss = loss_of(model(drawn.keep), drawn, arm, clouds(there, SETTING.width)).sum()
+        loss.backward()
+        monkeypatch.setattr(build, "list_scores", lambda scores, *_: [scores.mean((1, 2))] * 2)
+        found = check(model, there)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert {t.device.type for t in (*model.state_dict().values(), *gradients, found)} == {"meta"}
+    assert found.shape == (2, len(MEASURES))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["MambaRec", "random clouds", "permuted features", "LightGCN"])
+def test_a_gpu_trains_as_the_cpu_does(name):
+    curves = [fit(worlds_of(3, 4).to(d), ALL_ARMS[name], SETTING)[1] for d in ("cpu", "cuda")]
+    assert {curve.device.type for curve in curves} == {"cpu"}
+    torch.testing.assert_close(*(c[..., :6] for c in curves), rtol=0, atol=1e-2)
 
 
 def test_losses_of_arms():
@@ -188,7 +231,7 @@ def test_arms_differ_from_mambarec_in_what_they_are_named_for():
     changed = {
         name: {f for f in Arm.__dataclass_fields__ if getattr(arm, f) != getattr(whole, f)}
         - {"rate"}
-        for name, arm in ARMS.items()
+        for name, arm in (ARMS | GATE_ARMS).items()
     }
     assert changed == {
         "MambaRec": set(),
@@ -226,13 +269,14 @@ def test_few_worlds_are_the_first_ones():
 def test_smoke_trains_every_arm(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "stamp_content", lambda limit: catalogue())
     monkeypatch.setitem(
-        build.SETTINGS, "smoke", replace(SETTING, seeds=3, few=2, grid=1, together=2)
+        build.SETTINGS, "smoke", replace(SETTING, seeds=3, worlds=5, few=2, grid=1, together=2)
     )
     build.build(tmp_path, "smoke")
     monkeypatch.setattr(build, "backbone_path", lambda *_: tmp_path)
     found = build.load("smoke")
     assert {len(found.curves[name][0]) for name in ARMS} == {3}
+    assert {len(found.curves[name][0]) for name in GATE_ARMS} == {5}
     assert {len(found.curves[name][0]) for name in MORE_ARMS} == {2}
     assert {len(found.curves[name][0]) for name in GRID} == {1}
     assert found.refined["MambaRec"]["words"].shape == (13, 6)
-    assert found.levels["oracle"].shape[0] == 3
+    assert {len(level) for level in found.levels.values()} == {5}

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reattend.recommendation.baselines import VBPR, LightGCN, popularity
+from reattend.recommendation.baselines import (
+    FREEDOM,
+    VBPR,
+    LightGCN,
+    even_neighbour_graph,
+    feature_loss,
+    popularity,
+    thinned,
+)
 from reattend.recommendation.mambarec import (
     BRANCHES,
     Batch,
@@ -476,3 +484,106 @@ def test_popularity_counts():
     found = popularity(liked)
     assert found.shape == liked.shape
     torch.testing.assert_close(found[1, 3], liked[1].sum(0).float())
+
+
+def waves(*shape, step):
+    return torch.sin(step * torch.arange(float(math.prod(shape)))).view(shape)
+
+
+def small_freedom():
+    """Four users, six items, with values that the released code was given as well."""
+    liked = ((torch.arange(4)[:, None] * 3 + torch.arange(6) * 5) % 7 < 3)[None]
+    features = {"picture": waves(1, 6, 5, step=0.7), "words": waves(1, 6, 2, step=1.3)}
+    model = FREEDOM(generators(0), liked, features, k=3, width=3)
+    with torch.no_grad():
+        model.user_table.copy_(waves(1, 4, 3, step=0.31))
+        model.item_table.copy_(waves(1, 6, 3, step=0.53))
+        for name, step in (("picture", 0.23), ("words", 0.41)):
+            layer = model.projections[name]
+            layer.weight.copy_(waves(*layer.weight.shape, step=step))
+            layer.bias.zero_()
+    return model
+
+
+RELEASED_FREEDOM = [
+    [-0.063085, 0.169718, 0.396092],
+    [0.821674, 0.879683, 0.791227],
+    [0.383668, 0.241542, 0.123944],
+    [0.407766, 0.409101, 0.324439],
+    [0.054495, 0.475946, 0.776922],
+    [0.743740, 0.873542, 0.787715],
+    [0.101840, 0.006576, -0.055641],
+    [-0.011661, 0.028043, 0.093800],
+    [0.692080, 0.857722, 0.812075],
+    [0.680269, 0.815207, 0.759055],
+]
+RELEASED_USER_GRADIENTS = [
+    [0.030404, 0.009424, -0.013723],
+    [0.034687, 0.037816, 0.042720],
+    [0.016008, 0.050668, 0.069564],
+    [0.003826, -0.037103, -0.063798],
+]
+RELEASED_WORD_GRADIENTS = [[-0.007340, -0.008744, -0.007697], [0.027943, 0.025604, 0.019517]]
+
+
+def test_freedom_is_the_released_one():
+    model = small_freedom()
+    views = model()
+    torch.testing.assert_close(views.final[0], torch.tensor(RELEASED_FREEDOM), atol=2e-6, rtol=0)
+    batch = Batch(
+        torch.tensor([[0, 1, 2, 3, 3]]),
+        torch.tensor([[0, 1, 2, 0, 0]]),
+        torch.tensor([[1, 0, 0, 2, 2]]),
+    )
+    scored = bpr(views.scores(), batch.users, batch.positives, batch.negatives)
+    loss = scored + 0.1 * feature_loss(views, batch)
+    assert loss.item() == pytest.approx(0.9346201, abs=1e-6)
+    loss.sum().backward()
+    for ours, released in (
+        (model.user_table, RELEASED_USER_GRADIENTS),
+        (model.projections["words"].weight, RELEASED_WORD_GRADIENTS),
+    ):
+        torch.testing.assert_close(ours.grad[0], torch.tensor(released), atol=2e-6, rtol=0)
+
+
+def test_the_even_graph_holds_the_nearest_items():
+    features = normal(2, ITEMS, 5).float()
+    graph = even_neighbour_graph(features, 3)
+    unit = F.normalize(features, dim=-1)
+    for copy in range(2):
+        for item in range(ITEMS):
+            nearest = (unit[copy] @ unit[copy, item]).argsort(descending=True)[:3]
+            assert set(graph[copy, item].nonzero()[:, 0].tolist()) == set(nearest.tolist())
+    assert graph[graph > 0].unique().tolist() == pytest.approx([1 / 3])
+    with pytest.raises(ValueError, match="k must lie in 1"):
+        even_neighbour_graph(features, ITEMS + 1)
+
+
+def test_thinning_keeps_its_share_and_spares_the_rare():
+    # One item that all 40 users like, and one more for each user that nobody else does.
+    liked = torch.zeros(1, 40, 41, dtype=torch.bool)
+    liked[0, :, 0] = True
+    liked[0, torch.arange(40), 1 + torch.arange(40)] = True
+    popular = rare = 0
+    for seed in range(30):
+        kept = thinned(liked, 0.75, generators(seed))
+        assert kept.sum() == 20
+        assert not (kept & ~liked).any()
+        popular, rare = popular + int(kept[..., 0].sum()), rare + int(kept[..., 1:].sum())
+    # Chances are as 1 to sqrt(40); without replacement a little more of the popular one is kept.
+    assert 4.5 < rare / popular < 7.5
+    both = thinned(liked.expand(2, -1, -1), 0.75, generators(5, 6))
+    assert torch.equal(both[1:], thinned(liked, 0.75, generators(6)))
+
+
+def test_freedom_trains_on_the_thinned_graph_and_is_read_on_the_whole():
+    model = small_freedom()
+    whole = model().final
+    torch.testing.assert_close(whole, model.eval()().final)
+    model.thin(0.5, generators(0))
+    torch.testing.assert_close(model().final, whole)
+    model.train()
+    assert (model().final - whole).abs().max() > 0.05
+    first = model().final
+    model.thin(0.5, generators(1))
+    assert (model().final - first).abs().max() > 0.05

@@ -235,6 +235,16 @@ def _profile(root: Path, given: str | None) -> str:
     return given
 
 
+def _fix_threads() -> None:
+    """Let what this process builds, also on the way to a run, be what `reattend repro` builds.
+
+    Sums that are split by threads round differently. PyTorch reads the number when it is first imported.
+    """
+    from reattend.pipeline.run import threads
+
+    os.environ.update(threads())
+
+
 def _check_names(kind: str, names: list[str], known: Iterable[str]) -> None:
     """Refuse the first name that is not known, before anything is done for the others."""
     from reattend.pipeline.errors import CommandError
@@ -263,9 +273,8 @@ def _build(options: argparse.Namespace) -> None:
     from reattend.backbones.store import build, catalogue
     from reattend.pipeline.graph import load_records, needed_backbones
     from reattend.pipeline.manifests import write_backbone_manifest
-    from reattend.pipeline.run import threads
 
-    os.environ.update(threads())  # as in `reattend repro`: sums split by threads round differently
+    _fix_threads()
     root = _root()
     profile = _profile(root, options.profile)
     records = load_records(root).values()
@@ -282,10 +291,10 @@ def _build(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from reattend.pipeline.orphans import end_with_repro
-    from reattend.pipeline.run import run, threads
+    from reattend.pipeline.run import run
 
     end_with_repro()
-    os.environ.update(threads())  # also for what is built on the way
+    _fix_threads()
     root = _root()
     profile = _profile(root, options.profile)
     target = run(root, options.paper, profile, _overrides(options.set))
@@ -355,6 +364,7 @@ def _grow(options: argparse.Namespace) -> int:
     from reattend.pipeline.grow import grow
     from reattend.pipeline.run import run
 
+    _fix_threads()
     root = _root()
     return grow(root, options.papers, _profile(root, options.profile), options.budget, run)
 
@@ -391,6 +401,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _attest(options: argparse.Namespace) -> int:
     from reattend.pipeline.attest import attest
 
+    _fix_threads()
     return attest(_root(), options.papers, options.ref)
 
 

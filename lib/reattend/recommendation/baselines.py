@@ -1,4 +1,4 @@
-"""Recommenders beside which MambaRec is set: popularity, matrix factorisation, LightGCN, VBPR.
+"""Recommenders beside which MambaRec is set: popularity, matrix factorisation, LightGCN, VBPR, FREEDOM.
 
 Like `MambaRec` they hold several copies side by side, and give `Views`, so that one training loop serves all.
 Matrix factorisation is LightGCN with no layers.
@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from reattend.recommendation.mambarec import (
+    Batch,
     Linear,
     Views,
     bipartite,
+    bpr,
     embeddings,
     layer_mean,
 )
@@ -74,3 +77,113 @@ class VBPR(nn.Module):
         """Embeddings of all users and items; there is no dropout."""
         items = torch.cat([self.item_table, self.project(self.features)], 2)
         return Views(torch.cat([self.user_table, items], 1), None, {}, self.users)
+
+
+def even_neighbour_graph(
+    features: Float[Tensor, "copies items dim"], k: int
+) -> Float[Tensor, "copies items items"]:
+    """Frozen graph of the k most similar items by the cosine of raw features, itself among them, each with 1 / k.
+
+    Raises:
+        ValueError: for a k that is not in 1..items.
+    """
+    items = features.shape[1]
+    if not 1 <= k <= items:
+        raise ValueError(f"k must lie in 1..{items}, the number of items, got {k}")
+    unit = F.normalize(features, dim=-1)
+    nearest = (unit @ unit.mT).topk(k, dim=-1).indices
+    empty = torch.zeros(len(unit), items, items, device=unit.device)
+    return empty.scatter(2, nearest, 1 / k)
+
+
+def thinned(
+    interactions: Bool[Tensor, "copies users items"],
+    dropped: float,
+    generators: Sequence[Generator],
+) -> Bool[Tensor, "copies users items"]:
+    """Interactions without a share of them, drawn without replacement; those of popular ends go first.
+
+    An interaction is kept with a chance that follows 1 / sqrt(degree of its user x degree of its item).
+
+    Args:
+        dropped: share in 0..1; the number kept is rounded down.
+        generators: one per copy, on the CPU.
+    """
+    kept = torch.zeros_like(interactions)
+    for copy, generator in enumerate(generators):
+        users, items = interactions[copy].nonzero(as_tuple=True)
+        degrees = [interactions[copy].sum(dim).float() for dim in (1, 0)]
+        chances = (degrees[0][users] * degrees[1][items]).rsqrt().cpu()
+        chosen = torch.multinomial(chances, int((1 - dropped) * len(users)), generator=generator)
+        kept[copy, users[chosen], items[chosen]] = True
+    return kept
+
+
+class FREEDOM(nn.Module):
+    """LightGCN on a thinned graph, beside a frozen graph of items that are alike (Zhou and Shen 2023).
+
+    An item is its mean over the layers of the interaction graph plus the mean embedding of its nearest items, by
+    pictures and by words. In training the interaction graph is thinned anew every epoch (`thin`); in
+    evaluation it is whole.
+
+    Args:
+        generators: one per copy, for all initial values.
+        interactions: of training.
+        features: raw features of the items by modality; they are trained, as in the released code. The graph of
+            items is that of their first values.
+        shares: of the modalities in the graph of items, in their order; the released code has .1 for the picture.
+        layers: of the interaction graph.
+        k: nearest items, itself among them.
+        width: of all embeddings.
+    """
+
+    def __init__(
+        self,
+        generators: Sequence[Generator],
+        interactions: Bool[Tensor, "copies users items"],
+        features: Mapping[str, Float[Tensor, "copies items dim"]],
+        shares: Sequence[float] = (0.1, 0.9),
+        layers: int = 2,
+        k: int = 10,
+        width: int = 64,
+    ) -> None:
+        super().__init__()
+        self.layers, (self.users, items) = layers, interactions.shape[1:]
+        self.register_buffer("interactions", interactions)
+        self.register_buffer("whole", layer_mean(bipartite(interactions), layers))
+        self.register_buffer("paths", self.whole)
+        alike = [
+            share * even_neighbour_graph(table, k)
+            for share, table in zip(shares, features.values(), strict=True)
+        ]
+        self.register_buffer("alike", sum(alike))
+        self.user_table = embeddings(generators, self.users, width)
+        self.item_table = embeddings(generators, items, width)
+        self.features = nn.ParameterDict({m: nn.Parameter(f.clone()) for m, f in features.items()})
+        self.projections = nn.ModuleDict(
+            {m: Linear(generators, f.shape[2], width) for m, f in features.items()}
+        )
+
+    def thin(self, dropped: float, generators: Sequence[Generator]) -> None:
+        """Draw the graph on which the next epoch is trained, see `thinned`."""
+        kept = thinned(self.interactions, dropped, generators)
+        self.paths = layer_mean(bipartite(kept), self.layers)
+
+    def forward(self, keep: Tensor | None = None) -> Views:
+        """Embeddings of all users and items, and projected features; features are not dropped."""
+        paths = self.paths if self.training else self.whole
+        mixed = paths @ torch.cat([self.user_table, self.item_table], 1)
+        items = mixed[:, self.users :] + self.alike @ self.item_table
+        refined = {name: self.refined(name, table) for name, table in self.features.items()}
+        return Views(torch.cat([mixed[:, : self.users], items], 1), None, refined, self.users)
+
+    def refined(self, name: str, features: Float[Tensor, "copies items dim"]) -> Tensor:
+        """Projected features of one modality, of any items."""
+        return self.projections[name](features)
+
+
+def feature_loss(views: Views, batch: Batch) -> Float[Tensor, " copies"]:
+    """FREEDOM's second term: BPR of users with the projected features of items, summed over modalities."""
+    users = views.content[:, : views.users]
+    rows = (batch.users, batch.positives, batch.negatives)
+    return sum(bpr(users @ table.mT, *rows) for table in views.refined.values())

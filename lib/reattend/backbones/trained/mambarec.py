@@ -26,7 +26,13 @@ from reattend.backbones.pretrained import minilm, vit
 from reattend.backbones.store import backbone_path
 from reattend.data.images import stamps
 from reattend.data.tastes import Taste, World, draw_world, stack
-from reattend.recommendation.baselines import VBPR, LightGCN, popularity
+from reattend.recommendation.baselines import (
+    FREEDOM,
+    VBPR,
+    LightGCN,
+    feature_loss,
+    popularity,
+)
 from reattend.recommendation.mambarec import (
     Batch,
     Design,
@@ -98,10 +104,12 @@ class Arm:
         align_to: what MMD brings a modality together with: the "other" one, or a random "cloud" of its own.
         content: whose features an item has: its "own", or those of a random item ("permuted").
         longer: as many times the epochs.
+        dropped: share of interactions that FREEDOM leaves out of the graph, drawn anew every epoch.
+        features: weight of FREEDOM's `feature_loss`.
     """
 
     rate: float
-    kind: Literal["mambarec", "lightgcn", "vbpr"] = "mambarec"
+    kind: Literal["mambarec", "lightgcn", "vbpr", "freedom"] = "mambarec"
     design: Design = field(default_factory=Design)
     weights: Weights = field(default_factory=Weights)
     layers: int = 4
@@ -109,6 +117,8 @@ class Arm:
     align_to: Literal["other", "cloud"] = "other"
     content: Literal["own", "permuted"] = "own"
     longer: int = 1
+    dropped: float = 0.0
+    features: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,8 @@ class Setting:
     Attributes:
         limit: stamps of each class (None: all).
         taste: size and kind of the worlds.
-        seeds, few, grid: of ARMS, of MORE_ARMS, and of GRID.
+        seeds, few, grid: of ARMS and RIVAL_ARMS, of MORE_ARMS, and of GRID.
+        worlds: seeds of GATE_ARMS, of the oracle and of popularity, `seeds` or more.
         epochs, every: of training, and between two checks.
         batch: interactions of a step.
         width: of embeddings.
@@ -128,6 +139,7 @@ class Setting:
     limit: int | None
     taste: Taste
     seeds: int
+    worlds: int
     few: int
     grid: int
     epochs: int
@@ -169,6 +181,18 @@ class Worlds:
         unseen = {name: table[others] for name, table in catalogue.items()}
         return Worlds(tuple(seeds), world, content, unseen)
 
+    @property
+    def device(self) -> torch.device:
+        return self.world.utility.device
+
+    def to(self, device: torch.device | str) -> Worlds:
+        """The same on a device; models made for them and their draws follow."""
+        parts = {part: mask.to(device) for part, mask in self.world.parts.items()}
+        catalogue, utility = self.world.catalogue.to(device), self.world.utility.to(device)
+        content = {name: table.to(device) for name, table in self.content.items()}
+        unseen = {name: table.to(device) for name, table in self.unseen.items()}
+        return Worlds(self.seeds, World(catalogue, utility, parts), content, unseen)
+
     def first(self, count: int) -> Worlds | None:
         """The first worlds, all where they are fewer; None where none is asked for."""
         if count <= 0:
@@ -204,8 +228,11 @@ DROPOUT = 0.2
 
 
 def steps(worlds: Worlds, setting: Setting, epoch: int) -> Iterator[Drawn]:
-    """All steps of an epoch; a world's draws depend on its seed and the epoch alone."""
-    trained = worlds.world.parts["train"]
+    """All steps of an epoch; a world's draws depend on its seed and the epoch alone.
+
+    They are made on the CPU, so that every device trains on the same, and lie on the worlds' device.
+    """
+    trained, device = worlds.world.parts["train"].cpu(), worlds.device
     generators = [Generator().manual_seed(1_000_003 * seed + epoch) for seed in worlds.seeds]
     orders, missing = [], []
     for mask, generator in zip(trained, generators, strict=True):
@@ -219,8 +246,9 @@ def steps(worlds: Worlds, setting: Setting, epoch: int) -> Iterator[Drawn]:
     for part in torch.arange(rows.shape[2]).split(setting.batch):
         keep = torch.stack([torch.rand(2, items, width, generator=g) for g in generators])
         others = torch.stack([torch.randperm(len(part), generator=g) for g in generators])
-        batch = Batch(rows[:, 0, part], rows[:, 1, part], negative[:, part])
-        yield Drawn(batch, others, (keep >= DROPOUT).float() / (1 - DROPOUT))
+        drawn = (rows[:, 0, part], rows[:, 1, part], negative[:, part])
+        factors = (keep >= DROPOUT).float() / (1 - DROPOUT)
+        yield Drawn(Batch(*(x.to(device) for x in drawn)), others.to(device), factors.to(device))
 
 
 def negatives(
@@ -238,25 +266,30 @@ def negatives(
 
 
 def make_model(worlds: Worlds, arm: Arm, setting: Setting) -> nn.Module:
-    """An untrained model of an arm for every world."""
+    """An untrained model of an arm for every world, on their device."""
     generators = [Generator().manual_seed(20_000 + seed) for seed in worlds.seeds]
     trained = worlds.world.parts["train"]
     if arm.kind == "lightgcn":
-        return LightGCN(generators, trained, arm.layers, setting.width)
+        return LightGCN(generators, trained, arm.layers, setting.width).to(worlds.device)
     content = worlds.content
     if arm.content == "permuted":
         content = permuted(content, worlds.seeds)
     if arm.kind == "vbpr":
-        return VBPR(generators, content, trained.shape[1], setting.width)
+        return VBPR(generators, content, trained.shape[1], setting.width).to(worlds.device)
+    if arm.kind == "freedom":
+        model = FREEDOM(generators, trained, content, layers=arm.layers, width=setting.width)
+        return model.to(worlds.device)
     graphs = Graphs.of(trained, content, arm.layers)
-    return MambaRec(generators, content, graphs, replace(arm.design, width=setting.width))
+    design = replace(arm.design, width=setting.width)
+    return MambaRec(generators, content, graphs, design).to(worlds.device)
 
 
 def permuted(content: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
     """Features of all modalities dealt out anew over the items, together."""
-    items = next(iter(content.values())).shape[1]
-    orders = [torch.randperm(items, generator=Generator().manual_seed(30_000 + s)) for s in seeds]
-    rows = torch.stack(orders)[..., None]
+    first = next(iter(content.values()))
+    generators = [Generator().manual_seed(30_000 + seed) for seed in seeds]
+    orders = [torch.randperm(first.shape[1], generator=g) for g in generators]
+    rows = torch.stack(orders)[..., None].to(first.device)
     return {name: table.gather(1, rows.expand(table.shape)) for name, table in content.items()}
 
 
@@ -269,13 +302,15 @@ def clouds(worlds: Worlds, width: int) -> dict[str, Float[Tensor, "worlds items 
         found.append(
             F.relu(centres + torch.randn(len(MODALITIES), items, width, generator=generator))
         )
-    return dict(zip(MODALITIES, torch.stack(found, 1), strict=True))
+    return dict(zip(MODALITIES, torch.stack(found, 1).to(worlds.device), strict=True))
 
 
 def loss_of(views: Views, drawn: Drawn, arm: Arm, cloud: Mapping[str, Tensor]) -> Tensor:
     """An arm's objective on one step, for every world."""
     batch, weights = drawn.batch, arm.weights
     loss = recommendation_loss(views, batch, weights.decay)
+    if arm.kind == "freedom":
+        return loss + arm.features * feature_loss(views, batch)
     if arm.kind != "mambarec":
         return loss
     if weights.contrast:
@@ -309,10 +344,10 @@ def check(model: nn.Module, worlds: Worlds) -> Float[Tensor, "worlds measures"]:
     model.eval()
     views = model()
     found = scores_of(views.scores(), worlds.world)
-    apart = torch.full((len(worlds.seeds), len(BANDWIDTHS)), torch.nan, dtype=found.dtype)
+    apart = found.new_full((len(worlds.seeds), len(BANDWIDTHS)), torch.nan)
     if views.refined:
         x, y = (model.refined(name, worlds.unseen[name]) for name in MODALITIES)
-        even = torch.full(x.shape[:2], 1 / x.shape[1])
+        even = x.new_full(x.shape[:2], 1 / x.shape[1])
         apart = torch.stack([mmd(x, y, even, s) for s in BANDWIDTHS], 1).to(found.dtype)
     model.train()
     return torch.cat([found, apart], 1)
@@ -329,20 +364,28 @@ def scores_of(scores: Tensor, world: World) -> Float[Tensor, "worlds scores"]:
 def fit(
     worlds: Worlds, arm: Arm, setting: Setting
 ) -> tuple[nn.Module, Float[Tensor, "checks worlds measures"]]:
-    """Models of an arm trained on all worlds side by side, and what the checks found, the untrained first."""
+    """Models of an arm trained on all worlds side by side, on their device.
+
+    Beside them, on the CPU, what the checks found, the untrained models first.
+    """
     model, cloud = make_model(worlds, arm, setting), clouds(worlds, setting.width)
     optimiser = torch.optim.Adam(model.parameters(), lr=arm.rate, fused=True)
-    found = [check(model, worlds)]
+    found = [check(model, worlds).cpu()]
     for epoch in range(arm.longer * setting.epochs):
         for group in optimiser.param_groups:
             group["lr"] = arm.rate * 0.96 ** (epoch / 50)
+        if arm.dropped:
+            thinners = [
+                Generator().manual_seed(1_000_003 * s + 500_000 + epoch) for s in worlds.seeds
+            ]
+            model.thin(arm.dropped, thinners)
         for drawn in steps(worlds, setting, epoch):
             optimiser.zero_grad()
             # Summed: worlds do not share a parameter, so each sees the gradient of its own mean.
             loss_of(model(drawn.keep), drawn, arm, cloud).sum().backward()
             optimiser.step()
         if (epoch + 1) % setting.every == 0:
-            found.append(check(model, worlds))
+            found.append(check(model, worlds).cpu())
     return model, torch.stack(found)
 
 
@@ -362,9 +405,15 @@ ARMS = {
     "permuted pairs": Arm(1e-2, pairs="permuted"),
     "factor 1": Arm(1e-2, design=Design(factor=1)),
     "permuted features": Arm(1e-2, content="permuted"),
-    "LightGCN": Arm(5e-3, "lightgcn", longer=2),
 }
 """Trained with every seed. "MGCN" is MambaRec without DREAM and MMD: equal depth, projections, dropout."""
+GATE_ARMS = {"LightGCN": Arm(5e-3, "lightgcn", longer=2)}
+"""Trained in more worlds: that interactions tell more than popularity is asked of the worlds, and quick to ask."""
+RIVAL_ARMS = {
+    "FREEDOM": Arm(5e-3, "freedom", layers=2, longer=2, dropped=0.8, features=1.0),
+    "FREEDOM, whole graph": Arm(2.5e-3, "freedom", layers=2, longer=2, features=1.0),
+}
+"""Trained with every seed like ARMS, for the table: no claim is about them."""
 MORE_ARMS = {
     "BPR-MF": Arm(2.5e-3, "lightgcn", layers=0, longer=2),
     "VBPR": Arm(2.5e-3, "vbpr", longer=2),
@@ -384,9 +433,9 @@ GRID = {
 """The settings among which the released runner keeps the one that is best on test; the first is MambaRec's."""
 
 SETTINGS = {
-    "smoke": Setting(3, Taste(30, 40, 2, counts=(5, 2, 6)), 3, 1, 1, 2, 1, 75, 8, 3),
-    "cpu": Setting(None, Taste(), 6, 2, 1, 60, 5, 2_000, 64, 3),
-    "gpu": Setting(None, Taste(2_000, 700), 24, 8, 8, 60, 5, 8_000, 64, 24),
+    "smoke": Setting(3, Taste(30, 40, 2, counts=(5, 2, 6)), 3, 4, 1, 1, 2, 1, 75, 8, 3),
+    "cpu": Setting(None, Taste(), 6, 24, 2, 1, 60, 5, 2_000, 64, 3),
+    "gpu": Setting(None, Taste(2_000, 700), 24, 24, 8, 8, 60, 5, 8_000, 64, 24),
 }
 
 
@@ -396,13 +445,13 @@ class Trained:
 
     Attributes:
         content: features of all stamps.
-        levels: scores of the true utility ("oracle") and of "popularity", without MMD.
+        levels: scores of the true utility ("oracle") and of "popularity" in all worlds, without MMD.
         curves: what the checks of an arm found, by seed; the first check is of the untrained models.
         refined: embeddings of the unseen stamps of the first seed at the end, by arm and modality.
     """
 
     content: dict[str, Float[Tensor, "stamps dim"]]
-    levels: dict[str, Float[Tensor, "seeds scores"]]
+    levels: dict[str, Float[Tensor, "worlds scores"]]
     curves: dict[str, Float[Tensor, "checks seeds measures"]]
     refined: dict[str, dict[str, Float[Tensor, "others width"]]]
 
@@ -410,9 +459,10 @@ class Trained:
 def build(target: Path, profile: str) -> None:
     """Train all arms of a profile and write what they found into the empty directory `target`."""
     setting = SETTINGS[profile]
+    device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
     content = stamp_content(setting.limit)
-    parts = torch.arange(setting.seeds).split(setting.together)
-    groups = [Worlds.of(content, setting.taste, part.tolist()) for part in parts]
+    parts = torch.arange(setting.worlds).split(setting.together)
+    groups = [Worlds.of(content, setting.taste, part.tolist()).to(device) for part in parts]
     levels = {
         "oracle": [scores_of(worlds.world.utility, worlds.world) for worlds in groups],
         "popularity": [
@@ -420,7 +470,13 @@ def build(target: Path, profile: str) -> None:
         ],
     }
     curves, refined = {}, {}
-    counts = ((ARMS, setting.seeds), (MORE_ARMS, setting.few), (GRID, setting.grid))
+    counts = (
+        (ARMS, setting.seeds),
+        (GATE_ARMS, setting.worlds),
+        (RIVAL_ARMS, setting.seeds),
+        (MORE_ARMS, setting.few),
+        (GRID, setting.grid),
+    )
     for name, arm, count in ((n, arm, count) for arms, count in counts for n, arm in arms.items()):
         found = []
         for worlds in groups:
@@ -432,7 +488,7 @@ def build(target: Path, profile: str) -> None:
             found.append(curve)
         curves[name] = torch.cat(found, 1).contiguous()
         print(f"{name}: {curves[name].shape[1]} seeds", flush=True)
-    levels = {name: torch.cat(found) for name, found in levels.items()}
+    levels = {name: torch.cat(found).cpu() for name, found in levels.items()}
     save_file(content, target / "content.safetensors")
     save_file(levels, target / "levels.safetensors")
     save_file(curves, target / "curves.safetensors")
@@ -441,9 +497,9 @@ def build(target: Path, profile: str) -> None:
 
 @torch.no_grad()
 def embedded(model: MambaRec, worlds: Worlds) -> dict[str, Float[Tensor, "others width"]]:
-    """Refined embeddings of the unseen stamps of the first world, by modality."""
+    """Refined embeddings of the unseen stamps of the first world, by modality, on the CPU."""
     model.eval()
-    return {m: model.refined(m, worlds.unseen[m])[0].contiguous() for m in MODALITIES}
+    return {m: model.refined(m, worlds.unseen[m])[0].cpu().contiguous() for m in MODALITIES}
 
 
 def load(profile: str = "cpu") -> Trained:
@@ -455,7 +511,9 @@ def load(profile: str = "cpu") -> Trained:
     for key, table in read["refined"].items():
         arm, _, modality = key.rpartition("/")
         refined.setdefault(arm, {})[modality] = table
-    curves = {name: read["curves"][name] for name in ARMS | MORE_ARMS | GRID}
+    curves = {
+        name: read["curves"][name] for name in ARMS | GATE_ARMS | RIVAL_ARMS | MORE_ARMS | GRID
+    }
     return Trained(read["content"], read["levels"], curves, refined)
 
 
