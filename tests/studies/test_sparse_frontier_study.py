@@ -21,6 +21,7 @@ from reattend.studies.sparse_frontier import (
     RandomLines,
     RandomPages,
     Sizes,
+    answers_to,
     decoders,
     exchanges,
     largest,
@@ -94,6 +95,19 @@ def test_answers_under_a_cache_method_equal_the_decode_loop(model, answers):
     done = decode(model, answers.read, Quest(budget=24, page=8), given=answers.given)
     probability = done.log_likelihood.exp()[:, [0, 2, 3]].mean(1)
     np.testing.assert_allclose(ours.probability, probability, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_short_answers_are_read_with_the_method_too(model, tokens):
+    drawn = torch.randint(0, 50, (2, 70 + tokens), generator=torch.Generator().manual_seed(2))
+    parts = ((tuple(x[:70].tolist()), tuple(x[70:].tolist())) for x in drawn)
+    samples = [NeedleSample("a", p, a, (True,) * tokens, (False,) * 70, 0.5) for p, a in parts]
+    found = answers_to(model, samples)
+    ours = found.scores(model, Quest(budget=8, page=8)).probability
+    done = decode(model, found.read, Quest(budget=8, page=8), given=drawn[:, 70:])
+    np.testing.assert_allclose(ours, done.log_likelihood.exp().mean(1), rtol=1e-5)
+    dense = found.scores(model, AttentionMethod()).probability
+    assert np.allclose(ours, dense, rtol=1e-6) == (tokens == 1)  # the first token is the prompt's
 
 
 def test_lines_of_everything_answer_as_dense_attention(model, answers):

@@ -323,7 +323,12 @@ def shortened(sample: NeedleSample, length: int) -> NeedleSample:
 
 def answers_to(model: nn.Module, samples: Sequence[NeedleSample]) -> Answers:
     """Samples of equal length as a batch, read densely."""
-    prompts, given, scored = (x.to(model.device) for x in stack_samples(samples))
+    prompts, given, scored = stack_samples(samples)
+    # All but the last token are fed at once, and one alone would count as a decoding step, which is dense.
+    missing = max(3 - given.shape[1], 0)
+    given = torch.cat([given, given[:, -1:].expand(-1, missing)], dim=1)
+    scored = F.pad(scored, (0, missing))
+    prompts, given, scored = (x.to(model.device) for x in (prompts, given, scored))
     return Answers(prompts, given, scored, read_prompt(model, prompts))
 
 
