@@ -237,10 +237,11 @@ def test_block_sparse_forces_three_chunks_and_ranks_by_plain_products():
 
 def test_densities_in_closed_form():
     generator = torch.Generator().manual_seed(2)
-    for keys in (1, 9, 40):
+    for keys, queries in ((1, 1), (9, 9), (40, 40), (40, 1), (41, 13)):
         columns, diagonals = (torch.rand(2, 3, keys, generator=generator) < 0.3 for _ in range(2))
         torch.testing.assert_close(
-            line_density(columns, diagonals), pair_density(line_mask(columns, diagonals, keys))
+            line_density(columns, diagonals, queries),
+            pair_density(line_mask(columns, diagonals, queries)),
         )
     assert pair_density(torch.ones(1, 1, 3, 7, dtype=torch.bool).tril(4)).item() == 1
     method = BlockTopK(k=5, local=1, block_size=8)

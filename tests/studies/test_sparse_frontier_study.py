@@ -1,5 +1,7 @@
 """Placebos take as much as their method; budgets hold; answers equal the decode loop; cells of the law."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from reattend.attention.baselines.quest import Quest
 from reattend.attention.decoding import decode, read_prompt
 from reattend.attention.method import AttentionMethod
+from reattend.data.needles import NeedleSample
 from reattend.long_context.sparse_frontier import VerticalSlashTokens, line_density
 from reattend.studies.sparse_frontier import (
     Answers,
@@ -18,13 +21,16 @@ from reattend.studies.sparse_frontier import (
     RandomLines,
     RandomPages,
     Sizes,
+    answers_to,
     decoders,
     exchanges,
     largest,
     limits_table,
     mean_loss,
     methods_table,
+    quick_to_read,
     relative_loss,
+    shortened,
     small_llamas_at,
     tasks_table,
     worst_beyond_median,
@@ -91,13 +97,25 @@ def test_answers_under_a_cache_method_equal_the_decode_loop(model, answers):
     np.testing.assert_allclose(ours.probability, probability, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_short_answers_are_read_with_the_method_too(model, tokens):
+    drawn = torch.randint(0, 50, (2, 70 + tokens), generator=torch.Generator().manual_seed(2))
+    parts = ((tuple(x[:70].tolist()), tuple(x[70:].tolist())) for x in drawn)
+    samples = [NeedleSample("a", p, a, (True,) * tokens, (False,) * 70, 0.5) for p, a in parts]
+    found = answers_to(model, samples)
+    ours = found.scores(model, Quest(budget=8, page=8)).probability
+    done = decode(model, found.read, Quest(budget=8, page=8), given=drawn[:, 70:])
+    np.testing.assert_allclose(ours, done.log_likelihood.exp().mean(1), rtol=1e-5)
+    dense = found.scores(model, AttentionMethod()).probability
+    assert np.allclose(ours, dense, rtol=1e-6) == (tokens == 1)  # the first token is the prompt's
+
+
 def test_lines_of_everything_answer_as_dense_attention(model, answers):
     dense = answers.scores(model, AttentionMethod())
     everything = VerticalSlashTokens(lines=70, **SIZES.lines)
-    full = answers.scores(model, everything, draws=2)
-    assert len(full) == 2
-    np.testing.assert_allclose(full.probability, dense.probability[:2], atol=1e-5)
-    assert full.density.tolist() == [1.0, 1.0]
+    full = answers.scores(model, everything)
+    np.testing.assert_allclose(full.probability, dense.probability, atol=1e-5)
+    np.testing.assert_allclose(full.density, 1.0)
 
 
 def test_budgets_are_the_largest_within(model, answers):
@@ -108,7 +126,54 @@ def test_budgets_are_the_largest_within(model, answers):
     assert calibration.density(calibration.flex(3.0)) <= 1 / 3
     assert largest(lambda n: n, range(1, 9), lambda n: n / 10, 0.55) == 5
     columns, diagonals = made.best(*calibration.masses[0])
-    assert line_density(columns, diagonals).shape == (3, 4)
+    assert line_density(columns, diagonals, 70).shape == (3, 4)
+
+
+# Two stretches of prose, 10 to 29 and 40 to 49, between facts.
+LONG = NeedleSample(
+    task="a",
+    prompt=tuple(range(60)),
+    answer=(7,),
+    scored=(True,),
+    prose=tuple(10 <= i < 30 or 40 <= i < 50 for i in range(60)),
+    depth=30 / 60,
+)
+
+
+def test_a_shortened_prompt_keeps_all_but_the_ends_of_its_prose():
+    short = shortened(LONG, 45)
+    facts = [*range(10), *range(30, 40), *range(50, 60)]
+    assert sorted({*short.prompt} - {*facts}) == [*range(10, 20), *range(40, 45)]
+    assert list(short.prompt) == sorted(short.prompt)
+    assert [i for i, prose in zip(short.prompt, short.prose, strict=True) if not prose] == facts
+    assert short.prompt[round(short.depth * 45)] == 30  # where the answer's fact stands
+    assert (short.answer, short.scored) == (LONG.answer, LONG.scored)
+    assert shortened(LONG, 60) == LONG
+    assert len(shortened(LONG, 37).prompt) == 37
+    assert shortened(LONG, 30).prompt == tuple(facts)
+    for length in (29, 61):
+        with pytest.raises(ValueError, match=r"30\.\.60"):
+            shortened(LONG, length)
+
+
+def test_a_quick_model_answers_alike(model, answers):
+    quick = quick_to_read(copy.deepcopy(model))
+    changed = Answers(
+        answers.prompts, answers.given, answers.scored, read_prompt(quick, answers.prompts)
+    )
+    probability = changed.scores(quick, AttentionMethod()).probability
+    np.testing.assert_allclose(
+        probability, answers.scores(model, AttentionMethod()).probability, rtol=0.02
+    )
+    assert {
+        m.weight.dtype for m in quick.model.layers[0].mlp.children() if hasattr(m, "weight")
+    } == {torch.bfloat16}
+    strides = []
+    quick.lm_head.register_forward_hook(
+        lambda head, states, _: strides.append(states[0].is_contiguous())
+    )
+    read_prompt(quick, answers.prompts)
+    assert strides == [True]
 
 
 def test_relative_loss_is_by_task():
