@@ -11,11 +11,14 @@ from reattend.backbones.trained import kalm_heads
 from reattend.backbones.trained.kalm_heads import (
     ARMS,
     BATCH,
+    DISTILLED,
     MINED,
     MORE_ARMS,
+    SETTINGS,
     Arm,
     Batch,
     Pairs,
+    arms_of,
     draw,
     fit_head,
     head_batches,
@@ -130,6 +133,14 @@ def test_a_start_on_axes_changes_no_cosine_and_puts_most_first():
     torch.testing.assert_close(
         axes[:3].abs(), torch.from_numpy(reference.components_.copy()).abs(), rtol=0, atol=1e-4
     )
+
+
+def test_further_seeds_train_what_is_distilled_alone():
+    setting = SETTINGS["cpu"]
+    trained = [arms_of(s, setting) for s in range(setting.seeds + setting.further)]
+    assert set(trained[0]) == {*ARMS, *MORE_ARMS}
+    assert set(trained[setting.few]) == set(ARMS)
+    assert [set(arms) == set(DISTILLED) for arms in trained] == [False] * 5 + [True] * 7
 
 
 @pytest.mark.parametrize("name", [*ARMS, *MORE_ARMS])

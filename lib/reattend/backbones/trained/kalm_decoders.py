@@ -156,7 +156,7 @@ class Setting:
 
 SETTINGS = {
     "smoke": Setting(90, 70, 40, 3, 2, 3),
-    "cpu": Setting(17_000, 12_000, 1_000, 300, 200, 4),
+    "cpu": Setting(17_000, 12_000, 1_000, 300, 200, 7),
     "gpu": Setting(17_000, 12_000, 2_000, 4_000, 2_000, 16),
 }
 INPUTS = "mean of its input vectors"  # the reading without any layer
