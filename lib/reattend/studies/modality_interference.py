@@ -86,10 +86,18 @@ def answers(model: SmallVLM, asked: Sequences, rows: int = 32) -> Answers:
     """
     parts = []
     for some in torch.arange(len(asked.tokens)).split(rows):
-        part = replace(asked, pictures=asked.pictures[some], tokens=asked.tokens[some])
+        part = replace(
+            asked,
+            pictures=asked.pictures[some],
+            tokens=asked.tokens[some],
+            options=asked.options[some],
+            right=asked.right[some],
+            kinds=tuple(asked.kinds[row] for row in some.tolist()),
+            items=asked.items[some],
+        )
         embeddings = model.embed(part.pictures, part.tokens)
         logits = part.reader(model)(embeddings)[:, -2].log_softmax(-1)
-        parts.append(logits.gather(1, asked.options[some]))
+        parts.append(logits.gather(1, part.options))
     return Answers(torch.cat(parts), asked.right)
 
 
