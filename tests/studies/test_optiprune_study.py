@@ -8,6 +8,7 @@ from reattend.backbones.scene_judge import SceneJudge
 from reattend.backbones.trained.t2i import SETTINGS, untrained
 from reattend.data.prompt_scenes import pair_prompts
 from reattend.generation.optiprune import Descent, Scores, Shift, SimPrune, optimise
+from reattend.studies import optiprune as study
 from reattend.studies.optiprune import (
     Painter,
     PassCost,
@@ -137,6 +138,20 @@ def test_entropy_is_nothing_without_noise_and_one_with_much():
     assert selection_entropy(SimPrune(0.5, noise=0.0), x, 5) == 0
     wild = SimPrune(0.5, noise=100.0, generator=torch.Generator().manual_seed(0))
     assert selection_entropy(wild, x, 500) == pytest.approx(1, abs=0.01)
+
+
+def test_a_round_of_timing_holds_both_orders(monkeypatch):
+    """What the order of the two does to a turn is not in a round's ratio."""
+
+    def turns(baseline, candidate, *, rounds):
+        slower_second = np.tile([0.05, -0.05], rounds // 2)
+        return np.full(rounds, 2.0) - slower_second, np.full(rounds, 1.6) + slower_second
+
+    monkeypatch.setattr(study, "paired_times", turns)
+    found = study.time_ratios(16, 8, 0.5, 5, 1)
+    assert set(found) == {"pruned", "selection alone", "pruned, by the graph"}
+    for ratios in found.values():
+        assert ratios == pytest.approx(np.full(5, 0.8))
 
 
 def test_the_ground_is_what_lies_at_the_border():
