@@ -11,6 +11,7 @@ COMMANDS = {
     "run zoology": "reattend.pipeline.run.run",
     "grow": "reattend.pipeline.grow.grow",
     "attest": "reattend.pipeline.attest.attest",
+    "study zoology": "reattend.pipeline.study.study",
 }
 
 

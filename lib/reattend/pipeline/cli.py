@@ -236,7 +236,8 @@ def _profile(root: Path, given: str | None) -> str:
 
 
 def _fix_threads() -> None:
-    """Let what this process builds, also on the way to a run, be what `reattend repro` builds.
+    """Let what this process builds, on the way to a run or in a kernel that it starts, be what
+    `reattend repro` builds: clones, notebooks and the pipeline share one cache.
 
     Sums that are split by threads round differently. PyTorch reads the number when it is first imported.
     """
@@ -388,6 +389,7 @@ def _show(options: argparse.Namespace) -> None:
 def _study(options: argparse.Namespace) -> None:
     from reattend.pipeline.study import study
 
+    _fix_threads()
     study(_root(), options.paper, options.options)
 
 
