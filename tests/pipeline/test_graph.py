@@ -93,6 +93,41 @@ def test_force_reruns_what_is_up_to_date_and_finds_it_the_same(checkout):
     restored(checkout)
 
 
+def test_a_forced_run_goes_on_where_it_stopped(checkout):
+    """Stopped by a failure, by the clock and after its last stage; then it begins anew."""
+    edit(checkout.notebook("toy_b"), "import numpy", "1 / 0\\nimport numpy")
+    assert checkout.reattend("repro", "--force", "--profile", "smoke").returncode == 1
+    restored(checkout)
+    dry = checkout.reattend("repro", "--force", "--dry", check=True)
+    assert "1 of 2 papers would run" in dry.stdout
+    late = checkout.reattend("repro", "--force", "--deadline", "0.01s", check=True)
+    assert "left out for lack of time: toy_b; the same command goes on" in late.stdout
+    done = checkout.reattend("repro", "--force", check=True)
+    assert re.search(
+        r"going on with the forced run of 2\S+ \S+: 1 of 2 papers are done", done.stdout
+    )
+    assert "toy_b: done" in done.stdout
+    assert "toy_a: started" not in done.stdout
+    assert "0 measurements differ" in done.stdout  # of both papers
+    again = checkout.reattend("repro", "--force", check=True)
+    assert "going on" not in again.stdout
+    assert "toy_a: done" in again.stdout
+    restored(checkout)
+
+
+def test_a_forced_run_repeats_what_has_changed_since(checkout):
+    edit(checkout.notebook("toy_b"), "import numpy", "1 / 0\\nimport numpy")
+    checkout.reattend("repro", "--force", "--profile", "smoke")
+    restored(checkout)
+    edit(checkout.notebook("toy_a"), "1 + P.scales", "2 + P.scales")
+    done = checkout.reattend("repro", "--force", check=True)
+    assert "toy_a: done" in done.stdout
+    assert "toy_b: done" in done.stdout
+    restored(checkout)
+    checkout.reattend("repro", "--profile", "smoke", check=True)
+    restored(checkout)
+
+
 def test_repro_refuses_bad_input_before_running(checkout):
     for arguments, words in (
         (["toi"], "unknown paper 'toi'"),

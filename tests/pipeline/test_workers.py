@@ -31,7 +31,7 @@ class Silent:
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Run made-up tasks; what came of them, and when each began and ended."""
-    log = []
+    log, done = [], []
 
     def run(act=lambda name: None, jobs=2, deadline=float("inf"), **settings):
         def stage(root, name, force):
@@ -46,7 +46,9 @@ def run(monkeypatch, tmp_path):
             name: Task(Stage(name, needs, seconds, manifest), "x", **settings.get(name, {}))
             for name, (needs, seconds, manifest) in CHAIN.items()
         }
-        return run_tasks(tmp_path, todo, jobs, None, deadline, Silent()), log
+        ended = run_tasks(tmp_path, todo, jobs, None, deadline, Silent(), done.append)
+        assert done == [name for name, outcome in ended.outcomes.items() if not outcome.code]
+        return ended, log
 
     return run
 

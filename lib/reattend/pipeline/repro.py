@@ -20,6 +20,7 @@ from reattend.locks import Busy, locked
 from reattend.parameters import load_params
 from reattend.pipeline.display import Display
 from reattend.pipeline.errors import CommandError
+from reattend.pipeline.forced import FORCED, ForcedRun
 from reattend.pipeline.graph import read_records, sync
 from reattend.pipeline.judge import committed_verdicts, verdicts_path
 from reattend.pipeline.manifests import complete_manifests, write_fingerprints, write_text
@@ -42,7 +43,7 @@ class Options:
 
     Args:
         jobs: stages at a time.
-        force: run even what is up to date.
+        force: run even what is up to date, and after a stop go on with what that run has not done.
         dry: say what would run and why, and change nothing.
         scheduler: address of a Dask scheduler; None for threads of this process.
         deadline: seconds from now; what will not end in time is left out. None for no limit.
@@ -97,7 +98,9 @@ def _repro(root: Path, papers: list[str], profile: str, options: Options) -> int
     else:
         complete_manifests(root, profile)
     records, unusable = _chosen(root, papers)
-    todo = _tasks(root, records, profile, changes, options)
+    forced = ForcedRun(root, profile, papers) if options.force else None
+    todo = _tasks(root, records, profile, changes, forced)
+    earlier = _done_earlier(records, forced, todo)
     todo, refused = _without_bad_input(root, todo, records, profile)
     ended = Ended(
         {PAPER + s: Outcome(2, 0.0, message) for s, message in (unusable | refused).items()}
@@ -110,16 +113,19 @@ def _repro(root: Path, papers: list[str], profile: str, options: Options) -> int
         deadline = began + (options.deadline or float("inf"))
         executed = {PAPER + slug: _executed(root, r, profile) for slug, r in records.items()}
         with Display(todo, executed, options.jobs) as display:
-            ran = run_tasks(root, todo, options.jobs, options.scheduler, deadline, display)
+            note = forced.note if forced else lambda stage: None
+            ran = run_tasks(root, todo, options.jobs, options.scheduler, deadline, display, note)
         ended = Ended(ended.outcomes | ran.outcomes, [*late, *ran.left_out])
     else:
         ended.left_out = late
-    whole = not papers and not ended.left_out and not any(o.code for o in ended.outcomes.values())
-    if whole and (ended.outcomes or REPORT in changes):
+    whole = not ended.left_out and not any(o.code for o in ended.outcomes.values())
+    if forced and whole:
+        forced.over()
+    if whole and not papers and (ended.outcomes or REPORT in changes):
         run_dvc(root, "repro", "--quiet", "--single-item", REPORT)
     elif ended.outcomes:
         write_report(root)
-    _summarise(root, records, profile, before, ended, len(papers or record_paths(root)))
+    _summarise(root, records, profile, before, ended, earlier)
     codes = {outcome.code for outcome in ended.outcomes.values() if outcome.code}
     return int(bool(codes)) + int(codes == {2})
 
@@ -131,7 +137,8 @@ def _dry(root: Path, papers: list[str], profile: str, options: Options) -> int:
         set_profile(root, profile)
         write_fingerprints(root)
         records, unusable = _chosen(root, papers)
-        todo = _tasks(root, records, profile, _status(root), options)
+        forced = ForcedRun(root, profile, papers) if options.force else None
+        todo = _tasks(root, records, profile, _status(root), forced)
         todo, refused = _without_bad_input(root, todo, records, profile)
         todo, late = _in_time(todo, options)
     for slug, message in (unusable | refused).items():
@@ -201,9 +208,13 @@ def _chosen(root: Path, papers: list[str]) -> tuple[dict[str, Record], dict[str,
 
 
 def _tasks(
-    root: Path, records: dict[str, Record], profile: str, changes: dict[str, list], options: Options
+    root: Path,
+    records: dict[str, Record],
+    profile: str,
+    changes: dict[str, list],
+    forced: ForcedRun | None,
 ) -> dict[str, Task]:
-    """What runs, or may have to, for some papers."""
+    """What runs, or may have to, for some papers; of a forced run, what it has not done."""
 
     def seconds(record: Record) -> float:
         taken = _read(root, record, profile, "run.json").get("seconds")
@@ -215,7 +226,28 @@ def _tasks(
 
     stages = stages_of(records, profile, seconds)
     reasons = {name: why for name in stages if (why := reason(changes.get(name, [])))}
-    return tasks_of(stages, reasons, in_cache, options.force)
+    todo = tasks_of(stages, reasons, in_cache, force=forced is not None)
+    if forced is None:
+        return todo
+    stand = {n for n in {*forced.done} - {*reasons} if n.startswith(PAPER) or in_cache(n)}
+    left = {name: task for name, task in todo.items() if name not in stand}
+    if not left:  # stopped after its last stage
+        forced.over()
+    return left or todo
+
+
+def _done_earlier(
+    records: dict[str, Record], forced: ForcedRun | None, todo: dict[str, Task]
+) -> list[str]:
+    """Papers that a forced run had done when it was stopped; says that it goes on."""
+    done = {*forced.done} - {*todo} if forced else set()
+    earlier = [slug for slug in records if PAPER + slug in done]
+    if forced and earlier:
+        print(
+            f"going on with the forced run of {forced.began}: {len(earlier)} of {len(records)} papers "
+            f"are done ('rm -r {FORCED}' begins anew)"
+        )
+    return earlier
 
 
 def _without_bad_input(
@@ -278,12 +310,17 @@ def _summarise(
     profile: str,
     before: dict[str, dict[str, str]],
     ended: Ended,
-    count: int,
+    earlier: list[str],
 ) -> None:
-    """What failed or was left out, verdicts that changed, the counts, and what differs from Git."""
+    """What failed or was left out, verdicts that changed, the counts, and what differs from Git.
+
+    Args:
+        earlier: papers that the same forced run had done before it was stopped.
+    """
     from reattend.pipeline.compare import compare, has_revision
 
-    ran = [slug for slug in records if (o := ended.outcomes.get(PAPER + slug)) and not o.code]
+    done = {name for name, outcome in ended.outcomes.items() if not outcome.code}
+    ran = [slug for slug in records if PAPER + slug in done or slug in earlier]
     for name, outcome in ended.outcomes.items():
         if outcome.code:
             print(f"failed: {name.removeprefix(PAPER)}: {outcome.message}")
@@ -296,7 +333,7 @@ def _summarise(
         names = ", ".join(name.removeprefix(PAPER) for name in ended.left_out)
         print(f"left out for lack of time: {names}; the same command goes on with them")
     elif not ended.outcomes:
-        print(f"nothing to run: {count} papers are up to date at profile {profile}")
+        print(f"nothing to run: {len(records)} papers are up to date at profile {profile}")
     papers = [paper for paper in papers_of(root) if paper.record.slug in records]
     print(count_line(papers, profile))
     if ran and has_revision(root, "HEAD"):

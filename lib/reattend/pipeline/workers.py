@@ -55,6 +55,7 @@ def run_tasks(
     scheduler: str | None,
     deadline: float,
     display,
+    done: Callable[[str], None],
 ) -> Ended:
     """Run tasks, `jobs` at a time, those first for which the longest chain waits.
 
@@ -65,8 +66,9 @@ def run_tasks(
             count instead of `jobs`; None starts threads here.
         deadline: on the monotonic clock; what is not expected to end by then is not begun.
         display: told of every start and end.
+        done: called with the name of every stage that has succeeded, at once.
     """
-    work = _Work(root, todo, deadline, display)
+    work = _Work(root, todo, deadline, display, done)
     with _kernels(scheduler), _workers(root, jobs, scheduler) as (submit, slots):
         running: dict[Future, str] = {}
         try:
@@ -87,8 +89,16 @@ def run_tasks(
 class _Work:
     """Which tasks wait, run, and have ended how."""
 
-    def __init__(self, root: Path, todo: dict[str, Task], deadline: float, display) -> None:
+    def __init__(
+        self,
+        root: Path,
+        todo: dict[str, Task],
+        deadline: float,
+        display,
+        done: Callable[[str], None],
+    ) -> None:
         self.root, self.todo, self.deadline, self.display = root, todo, deadline, display
+        self.done = done
         self.ended = Ended()
         rank = ranks({name: task.stage for name, task in todo.items()})
         self._waiting = sorted(todo, key=lambda name: -rank[name])
@@ -131,6 +141,8 @@ class _Work:
         self.ended.outcomes[name] = outcome
         if outcome.code:
             self._missing[name] = missing
+        else:
+            self.done(name)
         self.display.ended(name, outcome)
 
     def _settled(self, name: str) -> bool:
