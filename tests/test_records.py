@@ -1,6 +1,8 @@
 """Records are checked, and errors name the file and the field."""
 
 import copy
+import json
+import subprocess
 
 import pytest
 import yaml
@@ -56,6 +58,8 @@ def mean_test(record):
         (lambda r: r["claims"].append(r["claims"][0]), r"two claims have the same id"),
         (lambda r: mean_test(r).update(role="control"), r"neither a control nor a gate"),
         (lambda r: mean_test(r).update(role="placebo"), r"tests.mean.role"),
+        (lambda r: mean_test(r).update(role="gate", runs=2), r"'runs' belongs to tests"),
+        (lambda r: mean_test(r).update(runs=0), r"claims.gain.tests.mean.runs"),
         (lambda r: mean_test(r).pop("unit"), r"claims.gain.tests.mean.unit: Field required"),
         (lambda r: mean_test(r).update(unit="prompt"), r"claims.gain.tests.mean.unit"),
         (
@@ -133,3 +137,44 @@ def test_all_records_of_the_suite_are_sound(root):
     for path in record_paths(root).values():
         record = load_record(path)
         assert len(record.claims) >= 3
+
+
+def committed(root, path):
+    """A file of JSON at each of its commits, the first one first."""
+    at = ["git", "-C", root]
+    log = [*at, "log", "--reverse", "--format=%H", "--", path]
+    commits = subprocess.run(log, capture_output=True, text=True, check=True).stdout.split()
+    for commit in commits:
+        text = subprocess.run(
+            [*at, "show", f"{commit}:{path}"], capture_output=True, text=True
+        ).stdout
+        yield json.loads(text) if text.startswith("{") else {}
+
+
+def open_before(root, path):
+    """How many committed results at cpu left a test open, by claim and test, the present one not counted."""
+    results = {}
+    for verdicts in committed(root, path):
+        for name, claim in verdicts.get("cpu", {}).items():
+            for test, found in claim.get("tests", {}).items():
+                points = (found["effect"], found.get("n"))
+                results.setdefault((name, test), {})[points] = found["verdict"] == "inconclusive"
+    return {key: sum(list(found.values())[:-1]) for key, found in results.items()}
+
+
+def test_a_question_asked_again_says_so(root):
+    """Asking until an answer comes is held to the level of as many looks (`Test.runs`); history counts."""
+    shallow = ["git", "-C", root, "rev-parse", "--is-shallow-repository"]
+    if subprocess.run(shallow, capture_output=True, text=True).stdout.strip() != "false":
+        pytest.skip("the history of the results is not here")
+    silent = []
+    for path in record_paths(root).values():
+        record = load_record(path)
+        before = open_before(root, f"figures/{record.family}/{record.slug}/verdicts.json")
+        silent += [
+            f"{record.slug}: {claim.id}.{test.id}: runs: {before[claim.id, test.id] + 1}"
+            for claim in record.claims
+            for test in claim.tests
+            if test.role == "test" and test.runs <= min(before.get((claim.id, test.id), 0), 4)
+        ]
+    assert not silent

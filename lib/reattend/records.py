@@ -65,7 +65,8 @@ class Test(_Strict):
     interval is held against `reproduced`, the bound that the claim has to clear, and `negligible`, the
     effect below which it would not matter (or `not_reproduced`, where the paper gives two bounds);
     `lower` mirrors this. `equal` uses `margin`: reproduced within +-margin, not reproduced wholly
-    outside.
+    outside. `runs` counts the runs that have asked a test, where earlier ones left it open: an answer
+    that is asked for until it comes is worth less.
     """
 
     __test__ = False  # pytest: not a test class
@@ -80,6 +81,7 @@ class Test(_Strict):
     not_reproduced: Finite | None = None
     margin: Annotated[Finite, Field(ge=0)] | None = None
     decisive: bool = False  # if this is not reproduced, the claim is not reproduced
+    runs: Annotated[int, Field(ge=1, le=5)] = 1
 
     @model_validator(mode="after")
     def _margins_make_sense(self) -> Test:
@@ -112,6 +114,10 @@ class Test(_Strict):
             raise ValueError(f"unit '{self.unit}' takes no statistic but the mean")
         if self.decisive and self.role != "test":
             raise ValueError(f"a {self.role} is not decisive")
+        if self.runs > 1 and self.role != "test":
+            raise ValueError(
+                f"'runs' belongs to tests: a setting may be changed until its {self.role} holds"
+            )
         return self
 
     @property

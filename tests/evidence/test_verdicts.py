@@ -251,3 +251,18 @@ def test_growth_reaches_the_interval_of_its_unit_alone():
     looks = {"parameter": "n", "looks": [4, 8, 16]}
     assert width(looks | {"unit": "seed"}) > width(None)
     assert width(looks | {"unit": "item"}) == width(None)
+
+
+def test_a_question_asked_again_is_held_to_the_level_of_as_many_looks():
+    evidence = {("c", "main"): points(Sample(YES, seed=range(8)), "seed")}
+
+    def width(runs, grow=None):
+        claim = record(grow=grow).model_dump()
+        claim["claims"][0]["tests"][0]["runs"] = runs
+        found = judge(Record.model_validate(claim), evidence)["c"].tests[0].estimate
+        return found.high - found.low
+
+    looks = {"parameter": "n", "looks": [4, 8], "unit": "seed"}
+    widths = [width(1), width(2), width(3), width(2, looks), width(3, looks)]
+    assert widths[0] < widths[1] < widths[2] == widths[3] < widths[4]
+    assert width(2) == width(1, looks)
