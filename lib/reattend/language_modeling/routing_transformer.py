@@ -2,8 +2,8 @@
 
 Online spherical k-means assigns the tokens of a sequence to clusters; attention is computed inside
 clusters only. Every centroid takes its `window` best tokens of the whole sequence, so all clusters
-have one size and a head costs clusters * window^2 products. Strided and random sets of keys go
-through the same code, which makes them baselines of exactly the same cost.
+have one size and a head costs clusters * window^2 products. Strided and random sets of keys of as many
+members go through the same code; they do without the products of tokens with centroids.
 
 Shapes: `[batch, heads, length, dim]` for queries, keys and values, `[heads, clusters, dim]` for
 centroids. Members are positions, ascending inside each cluster.

@@ -192,7 +192,7 @@ def js_consistency(
     origin: Float[Tensor, "answer vocabulary"],
     versions: Float[Tensor, "versions answer vocabulary"],
 ) -> Float[Tensor, ""]:
-    """(KL(m || p) + KL(m || q)) / 2 with m = (p + q) / 2, as the official code has it.
+    """(KL(m || p) + KL(m || q)) / 2 with m = (p + q) / 2: the official code's form, with the origin constant.
 
     That is not the Jensen-Shannon divergence (`jensen_shannon`), whose terms are KL(p || m) and KL(q || m):
     it has no upper bound. The first term is summed over versions, the second averaged over them.
