@@ -32,6 +32,18 @@ def test_curves_are_means_over_pictures():
     np.testing.assert_allclose(axis.lines[0].get_ydata(), [0.9, 0.3])
 
 
+def test_no_two_maps_look_alike_in_the_legend():
+    _, axis = plt.subplots()
+    curve = np.array([[1.0, 0.8, 0.9], [0.2, 0.4, 0.3]])
+    figures.draw_curves(axis, dict.fromkeys(figures.LINES, curve), [0.0, 0.5])
+    legend = axis.get_legend()
+    looks = {
+        (str(line.get_color()), str(line.get_markerfacecolor())) for line in legend.legend_handles
+    }
+    assert len(looks) == len(figures.LINES)
+    assert legend.handlelength >= 4  # dashes can be told from a line
+
+
 def test_differences_are_paired():
     _, axis = plt.subplots()
     areas = {"SR": np.array([1.0, 2.0, 3.0]), "blur": np.array([2.0, 3.0, 4.0])}

@@ -92,11 +92,12 @@ def draw_curves(axis: Axes, curves: Mapping[str, np.ndarray], shares: Sequence[f
         colour, dashes = LINES[name]
         ends = [mean(row) for row in curve]
         centre, low, high = ([getattr(e, part) for e in ends] for part in ("effect", "low", "high"))
-        axis.plot(shares, centre, dashes, color=colour, marker="o", ms=3, label=name)
+        face = "white" if dashes == "--" else colour  # a blur has the colour of its LRP
+        axis.plot(shares, centre, dashes, color=colour, marker="o", mfc=face, ms=4, label=name)
         axis.fill_between(shares, low, high, color=colour, alpha=0.08)
     axis.set(xlabel="share of the regions blanked", ylabel="probability of the predicted class")
     axis.set_ylim(0, None)
-    axis.legend(fontsize=7, ncols=2)
+    axis.legend(fontsize=7, ncols=2, handlelength=4)
 
 
 def draw_differences(
