@@ -258,13 +258,14 @@ def padding_share(
     return 100 * (lost & shown).sum().item() / max(1, shown.sum().item())
 
 
-@torch.no_grad()
-def mean_recall(
-    model: ImageTextModel, compare: Compare, scenes: AttributeScenes, gallery: int
+def held_out_recall(
+    model: ImageTextModel, arm: str, scenes: AttributeScenes, gallery: int
 ) -> float:
-    """Mean R@1 of a model on scenes, in per cent, under any similarity; `gallery` of them at a time."""
-    pairs, device = paired(scenes), model.log_scale.device
-    image = model.image_tokens(pairs.pixels.to(device)).cpu()
-    text = model.text_tokens(pairs.ids.to(device)).cpu()
-    tokens = PairTokens(image, text, pairs.mask)
-    return retrieval(compare, tokens, model.scale.cpu(), gallery)["R@1"]
+    """Mean R@1 on scenes with a held-out pair of colour and noun, in per cent."""
+    ids = paired(scenes)
+    with torch.no_grad():
+        device = model.log_scale.device
+        image = model.image_tokens(ids.pixels.to(device)).cpu()
+        text = model.text_tokens(ids.ids.to(device)).cpu()
+    tokens = PairTokens(image, text, ids.mask)
+    return retrieval(ARMS[arm].test, tokens, model.scale.detach().cpu(), gallery)["R@1"]
