@@ -181,7 +181,7 @@ def test_a_list_is_never_measured_on_the_half_that_chose_it():
 def test_drawn_examples_take_classes_in_turn_and_no_item_twice():
     pool = [Item("toy", [n], [0, 1, 2], n % 3, str(n)) for n in range(12)]
     firsts, texts = set(), set()
-    for seed in range(40):
+    for seed in range(200):
         examples = drawn_examples(pool, 7, random.Random(seed))
         answers = [example.answer for example in examples]
         assert sorted(answers[:3]) == [0, 1, 2]

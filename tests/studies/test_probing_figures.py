@@ -41,7 +41,7 @@ def test_labels_of_both_linear_probes_lie_on_their_own_sides(heights):
 
 def test_curves_show_mean_and_range_over_seeds():
     fig, ax = plt.subplots()
-    draw_curves(ax, {"EP_8": {2: np.array([1.0, 3.0]), 1: np.array([0.0, 4.0])}})
+    draw_curves(ax, {"EP_8": {2: np.array([1.0, 3.0]), 1: np.array([0.0, 2.0, 4.0])}})
     assert ax.lines[0].get_xydata().tolist() == [[1.0, 2.0], [2.0, 2.0]]
     band = ax.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == 0.0

@@ -57,9 +57,10 @@ def draw_curves(ax: Axes, curves: Mapping[str, Mapping[int | float, np.ndarray]]
     for probe, points in curves.items():
         style, colour = LINES[probe]
         places = sorted(points)
-        runs = np.stack([points[place] for place in places])
-        ax.plot(places, runs.mean(1), style, color=colour, label=probe)
-        ax.fill_between(places, runs.min(1), runs.max(1), color=colour, alpha=0.15)
+        runs = [points[place] for place in places]  # not everywhere equally many
+        ax.plot(places, [run.mean() for run in runs], style, color=colour, label=probe)
+        ends = [[end(run) for run in runs] for end in (np.min, np.max)]
+        ax.fill_between(places, *ends, color=colour, alpha=0.15)
     ax.set_xticks(places)
     ax.set(ylabel="top-1 accuracy (%)")
 

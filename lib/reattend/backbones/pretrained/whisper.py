@@ -166,17 +166,18 @@ def _linear(tensors: dict[str, Tensor], names: list[str], at: str) -> dict[str, 
 
 
 def load(
-    head: float = WINDOW, tail: float = 0.0
+    head: float = WINDOW, tail: float = 0.0, name: str = "whisper"
 ) -> tuple[PreTrainedTokenizerFast, WhisperForConditionalGeneration]:
     """Tokenizer and model, in evaluation mode, without gradients; built on first use.
 
     Args:
         head, tail: seconds at the beginning and the end of the 30 seconds whose positions are kept.
+        name: of the backbone: this size, or another that is built alike.
 
     Raises:
         ValueError: head and tail do not fit the 30 seconds.
     """
-    directory = backbone_path("whisper")
+    directory = backbone_path(name)
     model = WhisperForConditionalGeneration.from_pretrained(
         directory, local_files_only=True, dtype=torch.float32
     )
