@@ -7,6 +7,7 @@ PAPER ?=
 PROFILE ?=
 JOBS ?=
 INSTALLED := $(VENV)/.installed
+READ_BY_TESTS := clip_art clip_art_titles xray_reports  # of shared data that no paper reads yet
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: help install repro report site test test-faults study lint
@@ -43,6 +44,7 @@ site: install
 test: install
 	$(BIN)/reattend build --profile smoke
 	$(BIN)/reattend fetch
+	$(BIN)/reattend fetch $(READ_BY_TESTS)
 	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env \
 		--nbval-kernel-startup-timeout 600 -m "not faults and not after_nbval"
 	$(THREADS) $(BIN)/python -m pytest -m after_nbval tests/test_real_papers.py

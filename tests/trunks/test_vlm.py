@@ -204,7 +204,10 @@ def test_keeping_patches_before_the_model_is_projecting_kept_tokens_alone():
     compacted = masked.compacted()
     real = alone.segments != PADDING
     for name in ("states", "positions", "segments", "patches", "asked"):
-        assert torch.equal(getattr(compacted, name)[real], getattr(alone, name)[real]), name
+        # products of other shapes round differently on some processors
+        torch.testing.assert_close(
+            getattr(compacted, name)[real], getattr(alone, name)[real], atol=1e-12, rtol=0, msg=name
+        )
     assert masked.positions[0, :4].tolist() == [0, 3, 6, 14]
     assert masked.picture_tokens().tolist() == [[1, 2, 3]] * 2
     moved = model.answers(model.read(masked)) - model.answers(model.read(compacted))
@@ -261,7 +264,8 @@ def test_a_second_picture_counts_on_behind_the_first():
     prompt = prompt_of(model, tokens=two)
     assert prompt.patches[0, :32].tolist() == [NO_PATCH, *range(30), NO_PATCH]
     projected = model.project(two)
-    assert torch.equal(projected[:, 15:], model.project(tokens_of(seed=2)))
+    second = model.project(tokens_of(seed=2))
+    torch.testing.assert_close(projected[:, 15:], second, atol=1e-12, rtol=0)
     kept = prompt.keep_patches(torch.tensor([[3, 18], [4, 29]]))
     assert torch.equal(kept.states[:, 2], torch.stack([projected[0, 18], projected[1, 29]]))
     assert model.answers(model.read(prompt)).isfinite().all()
@@ -275,7 +279,7 @@ def test_without_a_picture_nothing_of_it_is_read():
     seen = prompt_of(model)
     none = torch.zeros(2, 0, dtype=torch.long)
     emptied, real = seen.keep_patches(none).compacted(), blind.segments != PADDING
-    assert torch.equal(emptied.states, blind.states)
+    torch.testing.assert_close(emptied.states, blind.states, atol=1e-12, rtol=0)
     assert torch.equal(emptied.positions[real], blind.positions[real])
 
 
