@@ -40,7 +40,7 @@ plt.style.use("seaborn-v0_8-whitegrid")
 plt.rcParams.update(
     {
         "axes.prop_cycle": cycler(color=COLOURS),
-        "font.sans-serif": ["DejaVu Sans"],  # matplotlib's own: the style asks for the system's first
+        "font.sans-serif": ["DejaVu Sans"],  # matplotlib's own, not the first that a system has
         "figure.figsize": (8, 4.5),
         "figure.dpi": DPI,
         "savefig.dpi": DPI,
