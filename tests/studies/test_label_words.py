@@ -1,23 +1,31 @@
 """Banks of items against the whole model, their measures, and extremes that noise does not make."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import t
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from reattend.attention.host import attach
+from reattend.data.texts import TextSet
 from reattend.long_context.act import ACT, sinks
 from reattend.studies.label_words import (
     Bank,
     Item,
+    LabelTask,
     Survey,
     accuracy_table,
+    behind_examples,
+    class_items,
+    drawn_examples,
     extremes_on_other_half,
     first_sentence,
     flipped_means,
     heads_table,
     heads_to_search,
+    held_out_mean,
     sink_rates,
 )
 
@@ -145,15 +153,81 @@ def test_sink_rates_are_those_of_the_survey(model, items):
 
 def test_extremes_of_noise_vanish_and_real_ones_stay():
     noise = np.random.default_rng(0).normal(size=(30, 4000))
-    highest, lowest = extremes_on_other_half(noise, 3, seed=0)
+    half = np.arange(4000) // 2000
+    highest, lowest = extremes_on_other_half(noise, 3, half)
     assert noise.mean(axis=1).max() > 0.02  # ranked on the items themselves there are extremes
     assert abs(highest.mean()) < 0.025
     assert abs(lowest.mean()) < 0.025
     noise[4] += 0.5
     noise[7] -= 0.5
-    highest, lowest = extremes_on_other_half(noise, 1, seed=0)
+    highest, lowest = extremes_on_other_half(noise, 1, half)
     assert highest.mean() == pytest.approx(0.5, abs=0.06)
     assert lowest.mean() == pytest.approx(-0.5, abs=0.06)
+
+
+def test_extremes_are_ranked_on_the_other_half_alone():
+    changes = np.array([[9.0, 9.0, 0.0, 1.0], [0.0, 1.0, 9.0, 9.0]])
+    highest, lowest = extremes_on_other_half(changes, 1, np.array([0, 0, 1, 1]))
+    assert highest.tolist() == [0, 1, 0, 1]
+    assert lowest.tolist() == [9, 9, 9, 9]
+
+
+def test_a_list_is_never_measured_on_the_half_that_chose_it():
+    values = np.array([[np.nan, 2.0, 4.0, np.nan], [1.0, np.nan, 6.0, 3.0]])
+    got = held_out_mean(values, np.array([0, 1, 2, 0]))
+    assert got.tolist() == [1, 2, 5, 3]
+
+
+def test_drawn_examples_take_classes_in_turn_and_no_item_twice():
+    pool = [Item("toy", [n], [0, 1, 2], n % 3, str(n)) for n in range(12)]
+    firsts, texts = set(), set()
+    for seed in range(200):
+        examples = drawn_examples(pool, 7, random.Random(seed))
+        answers = [example.answer for example in examples]
+        assert sorted(answers[:3]) == [0, 1, 2]
+        assert answers[3:6] == answers[:3]
+        assert answers[6] == answers[0]
+        assert len({example.text for example in examples}) == 7
+        firsts.add(answers[0])
+        texts.add(examples[0].text)
+    assert firsts == {0, 1, 2}
+    assert texts == {str(n) for n in range(12)}
+
+
+class Letters(PreTrainedTokenizerBase):
+    """A tokenizer with one token for each letter."""
+
+    def __init__(self):
+        pass
+
+    def __call__(self, text, **_):
+        return BatchEncoding({"input_ids": [ord(letter) for letter in text]})
+
+
+def toy_task():
+    texts = tuple(f"{n:02d}" for n in range(20))
+    labels, sides = torch.arange(20) % 2, ("train", "train", "test", "test") * 5
+    return LabelTask(
+        TextSet(texts, labels, ("even", "odd"), sides), "<{}>", {"even": "e", "odd": "o"}, [4, 4]
+    )
+
+
+def test_a_longer_draw_begins_with_the_shorter_one():
+    task = toy_task()
+    everything = class_items(Letters(), "toy", task, "train", 10)
+    assert [item.answer for item in everything] == [0, 1] * 5
+    assert class_items(Letters(), "toy", task, "train", 4) == everything[:4]
+    with pytest.raises(ValueError, match="toy, train: only 10 balanced items"):
+        class_items(Letters(), "toy", task, "train", 12)
+
+
+def test_an_item_stands_behind_its_solved_examples():
+    task = toy_task()
+    first, second, asked = class_items(Letters(), "toy", task, "train", 3)
+    got = behind_examples(Letters(), task, [first, second], asked)
+    prompt = "".join(map(chr, got.tokens))
+    assert prompt == f"<{first.text}>e\n\n<{second.text}>o\n\n<{asked.text}>"
+    assert (got.answer, got.options, got.text) == (asked.answer, asked.options, asked.text)
 
 
 def test_the_first_sentence_is_the_one_behind_the_headline():
@@ -186,13 +260,14 @@ def test_heads_table_has_a_row_a_head():
     rates = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
     changes = np.array([[100.0, -100.0, 0.0, 100.0], [0.0, 0.0, 0.0, -100.0]])
     losses = np.array([[0.1, 0.2, 0.3, 0.4], [-0.4, 0.0, 0.0, 0.0]])
-    table = heads_table([(1, 0), (0, 1)], rates, changes, losses, np.array([2.0, 3.0]), [(0, 1)])
+    kept = [[(0, 1)], [(0, 1), (5, 5)]]
+    table = heads_table([(1, 0), (0, 1)], rates, changes, losses, np.array([2.0, 3.0]), kept)
     assert table["prompts with a sink, %"].tolist() == pytest.approx([30, 20])
     assert table["accuracy change, points"].tolist() == [25, -25]
     assert table["answers that changed to right or wrong, %"].tolist() == [75, 25]
     assert table["NLL change, nats"].tolist() == pytest.approx([0.25, -0.1])
     assert table["s.d. by chance"].tolist() == [2, 3]
-    assert table["kept"].tolist() == [False, True]
+    assert table["lists that keep it"].tolist() == [0, 2]
 
 
 def test_accuracy_table_pairs_act_with_dense():

@@ -9,12 +9,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -148,24 +148,24 @@ def next_word_items(
     return items
 
 
-def few_shot_items(
-    tokenizer: PreTrainedTokenizerBase,
-    task: LabelTask,
-    examples: Sequence[Item],
-    items: Iterable[Item],
-) -> list[Item]:
-    """The items, each behind the same solved examples."""
+def drawn_examples(pool: Iterable[Item], shots: int, draw: random.Random) -> list[Item]:
+    """`shots` different items of a pool: its classes in turn, in random order, any item of a class."""
+    classes: dict[int, list[Item]] = {}
+    for item in pool:
+        classes.setdefault(item.answer, []).append(item)
+    order = draw.sample(sorted(classes), len(classes))
+    shuffled = {name: draw.sample(classes[name], len(classes[name])) for name in order}
+    return [shuffled[order[n % len(order)]][n // len(order)] for n in range(shots)]
+
+
+def behind_examples(
+    tokenizer: PreTrainedTokenizerBase, task: LabelTask, examples: Iterable[Item], item: Item
+) -> Item:
+    """An item of a task behind solved examples of it."""
     words = list(task.words.values())
     solved = [task.template.format(e.text) + words[e.answer] + "\n\n" for e in examples]
-    return [
-        Item(
-            item.task,
-            tokenizer("".join(solved) + task.template.format(item.text)).input_ids,
-            item.options,
-            item.answer,
-        )
-        for item in items
-    ]
+    tokens = tokenizer("".join(solved) + task.template.format(item.text)).input_ids
+    return replace(item, tokens=tokens)
 
 
 class Survey(SinkSurvey):
@@ -336,20 +336,34 @@ class Bank:
 
 
 def extremes_on_other_half(
-    changes: Float[np.ndarray, "heads items"], tail: int, seed: int
+    changes: Float[np.ndarray, "heads items"], tail: int, half: Int[np.ndarray, " items"]
 ) -> tuple[Float[np.ndarray, " items"], Float[np.ndarray, " items"]]:
     """Mean change of the `tail` highest and of the `tail` lowest heads, ranked on the other half.
 
     Ranking and measuring on the same items finds extremes in noise; here each item is measured with
-    the heads that the other half of the items put first and last.
+    the heads that the other half of the items (0 or 1) put first and last.
     """
-    half = np.random.default_rng(seed).permutation(changes.shape[1]) % 2
     highest, lowest = np.zeros(len(half)), np.zeros(len(half))
     for side in (0, 1):
         ranked = changes[:, half != side].mean(axis=1).argsort(kind="stable")
         highest[half == side] = changes[np.ix_(ranked[-tail:], half == side)].mean(axis=0)
         lowest[half == side] = changes[np.ix_(ranked[:tail], half == side)].mean(axis=0)
     return highest, lowest
+
+
+def held_out_mean(
+    values: Float[np.ndarray, "lists items"], half: Int[np.ndarray, " items"]
+) -> Float[np.ndarray, " items"]:
+    """Mean over the lists of heads that were not chosen on the item.
+
+        v_i = mean of values[s, i] over the lists s != half_i
+
+    Args:
+        values: what list s, chosen on half s, gives for every item.
+        half: the half of an item; items of no half have another number, and all lists count.
+    """
+    own = half == np.arange(len(values))[:, None]
+    return np.where(own, 0.0, values).sum(axis=0) / (~own).sum(axis=0)
 
 
 def _token_class(text: str, behind: int) -> str:
@@ -402,7 +416,7 @@ def heads_table(
     changes: Float[np.ndarray, "heads items"],
     loss_changes: Float[np.ndarray, "heads items"],
     by_chance: Float[np.ndarray, " heads"],
-    kept: Iterable[tuple[int, int]],
+    kept: Iterable[Iterable[tuple[int, int]]],
 ) -> pd.DataFrame:
     """What calibrating each head alone does, one row a head.
 
@@ -412,9 +426,9 @@ def heads_table(
         changes: of accuracy by item, points.
         loss_changes: of the right label's loss by item, nats.
         by_chance: standard deviation of the mean change of accuracy by chance, points.
-        kept: the heads that calibration chose.
+        kept: the lists of heads that were chosen.
     """
-    kept = set(kept)
+    lists = [set(some) for some in kept]
     return pd.DataFrame(
         {
             "layer": [layer for layer, _ in heads],
@@ -424,7 +438,7 @@ def heads_table(
             "s.d. by chance": by_chance,
             "answers that changed to right or wrong, %": np.abs(changes).mean(axis=1),
             "NLL change, nats": loss_changes.mean(axis=1),
-            "kept": [head in kept for head in heads],
+            "lists that keep it": [sum(head in some for some in lists) for head in heads],
         }
     )
 

@@ -121,7 +121,7 @@ def draw_heads(
 
 
 def draw_gains(correct: Mapping[tuple[str, int], Mapping[str, np.ndarray]]) -> Figure:
-    """Accuracy of each way to choose heads minus dense attention's, with 95 % intervals, paired by item.
+    """Accuracy with chosen and with random heads minus dense attention's, with 95 % intervals, paired by item.
 
     Args:
         correct: task and number of examples -> method -> 100 for each right answer; "dense" is among the methods.
@@ -129,17 +129,15 @@ def draw_gains(correct: Mapping[tuple[str, int], Mapping[str, np.ndarray]]) -> F
     fig, axis = plt.subplots(figsize=(9, 4.2))
     marks = {
         "ACT": (COLOURS[0], "o"),
-        "all heads": (COLOURS[1], "s"),
         "random heads": (BASELINE, "^"),
     }
     groups = list(correct.values())
     for n, (name, (colour, marker)) in enumerate(marks.items()):
-        x = [place for place, group in enumerate(groups) if name in group]
-        found = [mean(groups[place][name] - groups[place]["dense"]) for place in x]
+        found = [mean(group[name] - group["dense"]) for group in groups]
         y = np.array([e.effect for e in found])
         error = np.array([(e.effect - e.low, e.high - e.effect) for e in found]).T
         style = {"fmt": marker, "color": colour, "label": name, "ms": 5, "capsize": 2}
-        axis.errorbar(np.array(x) + 0.2 * (n - 1), y, error, **style)
+        axis.errorbar(np.arange(len(groups)) + 0.2 * (n - 0.5), y, error, **style)
     axis.axhline(0, color=BASELINE, lw=1)
     labels = [f"{task}\n{shots}".replace(" ", "\n") for task, shots in correct]
     axis.set_xticks(range(len(correct)), labels, fontsize=8)
