@@ -1,5 +1,6 @@
 """The protocol by which probes are trained and compared."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,16 +12,17 @@ from torch.nn import functional
 from reattend.studies.probing import (
     Folds,
     ProbePlan,
-    ProbeRun,
     ProjectedMean,
+    accuracies_by_place,
     batches,
     few_labels,
     fold_by_identity,
-    folds_by_place,
     hits,
+    likeness_across,
     map_statistics,
     nearest_neighbours,
     pareto_front,
+    repeated_study,
     study,
     train_probes,
 )
@@ -207,22 +209,58 @@ def test_map_statistics_use_the_pooling_of_each_fold():
     np.testing.assert_allclose(mass[inside], 100 * foreground_mass(maps, coverage[part]), rtol=1e-5)
 
 
-def test_folds_by_place_pick_one_axis():
-    def run(*folds):
-        return ProbeRun([], 0.1, 1, 0.0, np.zeros(2), list(folds))
+@pytest.mark.parametrize("seed", [0, 3])
+def test_likeness_across_is_that_of_both_probes_of_a_fold(seed):
+    tokens, _, folds = divided()
+    torch.manual_seed(seed)
+    pools, others = ([EfficientProbing(8, 4) for _ in folds.parts] for _ in range(2))
+    found = likeness_across(pools, others, tokens, folds)
+    assert found.shape == (240,)
+    part, start = folds.parts[1], len(folds.parts[0])
+    first, second = (each[1].maps(tokens[part[:5]]).detach().numpy() for each in (pools, others))
+    for number, (a, b) in enumerate(zip(first, second, strict=True)):
+        pairs = [np.corrcoef(x, y)[0, 1] for x in a for y in b]
+        np.testing.assert_allclose(found[start + number], np.mean(pairs), atol=1e-5)
 
-    cells = {
-        ("labels", "mae", 0.1, "EP_8"): run(1.0, 2.0),
-        ("labels", "mae", 0.5, "EP_8"): run(3.0, 4.0),
-        ("labels", "vit", 0.1, "EP_8"): run(5.0, 6.0),
-        ("labels", "mae", 0.1, "other"): run(7.0, 8.0),
-        ("layer", "mae", 3, "EP_8"): run(9.0, 10.0),
+
+def test_repeated_studies_draw_anew_and_choose_the_rate_once():
+    tokens, labels, folds = divided()
+    identities = [str(place // 2) for place in range(300)]
+    divisions = [folds, fold_by_identity(identities, torch.arange(60), 3, seed=3)]
+    make, plan = partial(EfficientProbing, 8, 2), replace(PLAN, seed=5)
+    runs = repeated_study(make, tokens, labels, divisions, plan, 0.3)
+    first = study(make, tokens, labels, folds, plan, 0.3)
+    np.testing.assert_array_equal(runs[0].hits, first.hits)
+    anew = replace(plan, rates=[first.rate], seed=plan.seed + 3)
+    second = study(make, tokens, labels, divisions[1], anew, 0.3)
+    assert runs[1].rate == first.rate
+    for ours, theirs in zip(runs[1].probes, second.probes, strict=True):
+        assert torch.equal(ours.pooling.queries, theirs.pooling.queries)
+
+
+def test_a_plan_s_seed_is_that_of_its_first_fold():
+    tokens, labels, folds = divided()
+    make, plan = partial(EfficientProbing, 8, 2), replace(PLAN, rates=[0.01], seed=7)
+    found = study(make, tokens, labels, folds, plan)
+    for fold, probe in enumerate(found.probes):
+        seen = folds.training(fold)
+        (alone,) = train_probes(make, [0.01], tokens, labels, plan, 7 + fold, seen)
+        assert torch.equal(probe.pooling.queries, alone.pooling.queries)
+
+
+def test_accuracies_by_place_are_those_of_an_encoder_and_its_probes():
+    found = {
+        ("mae", 0.1, "EP_8"): [1.0, 2.0],
+        ("mae", 0.5, "EP_8"): [3.0, 4.0],
+        ("vit", 0.1, "EP_8"): [5.0, 6.0],
+        ("mae", 0.1, "other"): [7.0, 8.0],
     }
-    found = folds_by_place(cells, "labels", {"mae": "autoencoder", "vit": "ViT"}, ["EP_8"])
-    assert list(found) == ["autoencoder", "ViT"]
-    assert list(found["autoencoder"]) == ["EP_8"]
-    assert {place: x.tolist() for place, x in found["autoencoder"]["EP_8"].items()} == {
-        0.1: [1, 2],
-        0.5: [3, 4],
+    encoders = {"mae": "autoencoder", "vit": "ViT"}
+    drawn = accuracies_by_place(found, encoders, ["EP_8"], lambda values: [x + 1 for x in values])
+    assert list(drawn) == ["autoencoder", "ViT"]
+    assert list(drawn["autoencoder"]) == ["EP_8"]
+    assert {place: x.tolist() for place, x in drawn["autoencoder"]["EP_8"].items()} == {
+        0.1: [2, 3],
+        0.5: [4, 5],
     }
-    assert found["ViT"]["EP_8"][0.1].tolist() == [5, 6]
+    assert drawn["ViT"]["EP_8"][0.1].tolist() == [6, 7]

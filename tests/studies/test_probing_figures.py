@@ -28,9 +28,20 @@ def test_pareto_figure_names_every_probe():
     plt.close(fig)
 
 
+@pytest.mark.parametrize("heights", [(58.5, 59.4), (59.4, 58.5)])
+def test_labels_of_both_linear_probes_lie_on_their_own_sides(heights):
+    rows = [("LP-cls", 1e3, heights[0]), ("LP-GAP", 1e3, heights[1]), ("EP_8", 2e4, 66.0)]
+    fig, ax = plt.subplots()
+    draw_pareto(ax, pd.DataFrame(rows, columns=["probe", "parameters", "test"]), ["EP_8"])
+    offset = {text.get_text(): text.xyann[1] for text in ax.texts}
+    higher, lower = ("LP-cls", "LP-GAP") if heights[0] > heights[1] else ("LP-GAP", "LP-cls")
+    assert offset[higher] > 0 > offset[lower]
+    plt.close(fig)
+
+
 def test_curves_show_mean_and_range_over_seeds():
     fig, ax = plt.subplots()
-    draw_curves(ax, {"EP_8": {2: np.array([1.0, 3.0]), 1: np.array([0.0, 4.0])}})
+    draw_curves(ax, {"EP_8": {2: np.array([1.0, 3.0]), 1: np.array([0.0, 2.0, 4.0])}})
     assert ax.lines[0].get_xydata().tolist() == [[1.0, 2.0], [2.0, 2.0]]
     band = ax.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == 0.0

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from reattend.vision.efficient_probing import (
     foreground_mass,
     knn_predict,
     linear_parameters,
+    mean_correlation_across,
     mean_pairwise_correlation,
     mean_pairwise_cosine,
     mhca_macs,
@@ -408,3 +410,19 @@ def test_pairwise_correlation_equals_all_pairs_and_ignores_flatness():
     flat = 0.01 * maps + 0.99 / 11
     assert (mean_pairwise_cosine(flat) > 0.99).all()
     torch.testing.assert_close(mean_pairwise_correlation(flat), mean_pairwise_correlation(maps))
+
+
+@pytest.mark.parametrize("queries", [(4, 4), (3, 5)])
+def test_correlation_across_equals_all_pairs(queries):
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.rand(3, q, 9, generator=generator, dtype=torch.float64) for q in queries)
+    found = mean_correlation_across(first, second)
+    for value, a, b in zip(found, first, second, strict=True):
+        pairs = [np.corrcoef(x, y)[0, 1] for x in a.numpy() for y in b.numpy()]
+        assert value.item() == pytest.approx(np.mean(pairs), abs=1e-9)
+
+
+def test_correlation_across_holds_that_within_and_every_map_with_itself():
+    maps = torch.rand(3, 16, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    within = (16 * mean_correlation_across(maps, maps) - 1) / 15
+    torch.testing.assert_close(within, mean_pairwise_correlation(maps))

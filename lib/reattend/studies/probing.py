@@ -2,7 +2,7 @@
 
 All probes of one encoder see the same tokens, steps, batches and learning rates to choose from. Pictures are
 tested by cross-fitting: identities are divided into folds, each is tested by a probe that was trained on the
-others, with the fold's number as seed. The rate is chosen on the validation side with the first fold. The
+others, with a seed of its own. The rate is chosen on the validation side with the first fold. The
 probes of a grid of rates differ in nothing else, so they are trained as one stack that reads each batch once.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from reattend.vision.efficient_probing import (
     Probe,
     foreground_mass,
     knn_predict,
+    mean_correlation_across,
     mean_pairwise_correlation,
     mean_pairwise_cosine,
     project,
@@ -69,12 +71,18 @@ def fold_by_identity(
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """How every probe of an encoder is trained; `batch` counts pictures."""
+    """How every probe of an encoder is trained.
+
+    Attributes:
+        batch: pictures of a step.
+        seed: of the first fold's training; the next fold's is one larger, and so on.
+    """
 
     classes: int
     steps: int
     batch: int
     rates: Sequence[float]
+    seed: int = 0
 
 
 class ProjectedMean(nn.Module):
@@ -139,10 +147,10 @@ def study(
     """
     probes, found, rates = [], [], list(plan.rates)
     for fold, part in enumerate(folds.parts):
-        items = folds.training(fold)
+        items, seed = folds.training(fold), plan.seed + fold
         if share < 1:
-            items = items[few_labels(labels[items], share, fold)]
-        trained = train_probes(pooling, rates, tokens, labels, plan, fold, items)
+            items = items[few_labels(labels[items], share, seed)]
+        trained = train_probes(pooling, rates, tokens, labels, plan, seed, items)
         if fold == 0:
             marks = [_mark(probe, tokens, labels, folds) for probe in trained]
             best = int(np.argmax(marks))
@@ -157,6 +165,28 @@ def study(
         np.concatenate(found),
         [100 * float(part.mean()) for part in found],
     )
+
+
+def repeated_study(
+    pooling: Callable[[], nn.Module],
+    tokens: Float[Tensor, "items tokens dim"],
+    labels: Int[Tensor, " items"],
+    divisions: Sequence[Folds],
+    plan: ProbePlan,
+    share: float,
+) -> list[ProbeRun]:
+    """`study` once for each division into folds, always with other labelled pictures and first weights.
+
+    The learning rate is chosen in the first. Arguments as those of `study`.
+    """
+    runs: list[ProbeRun] = []
+    seed = plan.seed
+    for folds in divisions:
+        rates = [runs[0].rate] if runs else plan.rates
+        anew = replace(plan, rates=rates, seed=seed)
+        runs.append(study(pooling, tokens, labels, folds, anew, share))
+        seed += len(folds.parts)
+    return runs
 
 
 def _mark(probe: Probe, tokens: Tensor, labels: Tensor, folds: Folds) -> float:
@@ -302,26 +332,48 @@ def map_statistics(
     return correlation, cosine, 100 * mass
 
 
-def folds_by_place(
-    cells: Mapping[tuple[str, str, int | float, str], ProbeRun],
-    kind: str,
-    encoders: Mapping[str, str],
-    probes: Sequence[str],
-) -> dict[str, dict[str, dict[int | float, np.ndarray]]]:
-    """Accuracy on each fold along one axis: encoder's title -> probe -> place -> accuracies in %.
+@torch.no_grad()
+def likeness_across(
+    pools: Sequence[nn.Module],
+    others: Sequence[nn.Module],
+    tokens: Float[Tensor, "items tokens dim"],
+    folds: Folds,
+) -> Float[np.ndarray, " pictures"]:
+    """Mean correlation of a map of one probe with a map of another, for every tested picture.
 
     Args:
-        cells: (kind of axis, encoder, place on it, probe) -> run.
-        kind: of the axis that is wanted.
+        pools, others: one pooling with a method `maps` for each fold, trained apart.
+
+    Returns:
+        in the order of `Folds.tested`.
+    """
+    found = []
+    for pool, other, chosen in zip(pools, others, folds.parts, strict=True):
+        for part in chosen.split(256):
+            found.append(mean_correlation_across(pool.maps(tokens[part]), other.maps(tokens[part])))
+    return torch.cat(found).cpu().numpy()
+
+
+def accuracies_by_place(
+    found: Mapping[tuple[str, int | float, str], Any],
+    encoders: Mapping[str, str],
+    probes: Sequence[str],
+    accuracies: Callable[[Any], Sequence[float]],
+) -> dict[str, dict[str, dict[int | float, np.ndarray]]]:
+    """Repeated accuracies along an axis: encoder's title -> probe -> place -> accuracies in %.
+
+    Args:
+        found: (encoder, place on the axis, probe) -> what was measured there.
         encoders: encoder -> title.
         probes: that are wanted.
+        accuracies: in % of what was measured.
     """
     return {
         title: {
             wanted: {
-                place: np.array(run.folds)
-                for (axis, encoder, place, probe), run in cells.items()
-                if (axis, encoder, probe) == (kind, name, wanted)
+                place: np.array(accuracies(measured))
+                for (encoder, place, probe), measured in found.items()
+                if (encoder, probe) == (name, wanted)
             }
             for wanted in probes
         }

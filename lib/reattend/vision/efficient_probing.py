@@ -442,6 +442,20 @@ def mean_pairwise_correlation(
     return mean_pairwise_cosine(maps - maps.mean(-1, keepdim=True))
 
 
+def mean_correlation_across(
+    first: Float[Tensor, "batch queries tokens"], second: Float[Tensor, "batch others tokens"]
+) -> Float[Tensor, " batch"]:
+    """Mean Pearson correlation of a map of `first` with a map of `second`, over all pairs of an image.
+
+    mean_ij corr(a_i, b_j) = < mean_i u_i, mean_j v_j >,   u, v: centred maps of length 1
+    """
+    middle = [
+        functional.normalize(maps - maps.mean(-1, keepdim=True), dim=-1).mean(1)
+        for maps in (first, second)
+    ]
+    return (middle[0] * middle[1]).sum(-1)
+
+
 def foreground_mass(
     maps: Float[Tensor, "batch queries tokens"], coverage: Float[Tensor, "batch tokens"]
 ) -> Float[Tensor, " batch"]:
