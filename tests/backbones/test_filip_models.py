@@ -1,19 +1,26 @@
 """FILIP's arms: equal starts, and each similarity by its definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from reattend.backbones.trained import filip
 from reattend.backbones.trained.filip import (
     ARMS,
     SETTINGS,
+    AnytimeMean,
     build,
     contrastive_loss,
     fit,
     paired,
+    some_patches,
     untrained,
 )
+from reattend.training.loop import decay_matrices, train
+from reattend.trunks.encoders import index_batches
 
 SMOKE = SETTINGS["smoke"]
 
@@ -91,6 +98,64 @@ def test_quarter_keeps_what_the_local_batch_tells_and_tests_on_all():
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.5, 4), (0.25, 2), (0.125, 1)])
+def test_a_share_keeps_so_many_patches_and_all_of_them_is_late(share, count):
+    image, text, mask = tokens()
+    image.requires_grad_()
+    by_patches, by_words = some_patches(share)(image, text, mask)
+    (by_patches.sum() + by_words.sum()).backward()
+    assert (image.grad.abs().sum(-1) > 0).sum(1).tolist() == [count] * 8
+    for one, two in zip(
+        some_patches(1.0)(image, text, mask), ARMS["late"].train(image, text, mask), strict=True
+    ):
+        assert torch.equal(one, two)
+
+
+def test_anytime_mean_of_weights_by_hand():
+    """Weights 1, 2, 3, ... have the mean (9 t + 1) / 10 after t steps; weights that stay are their own mean."""
+    model = nn.Linear(1, 1).double()
+    nn.init.constant_(model.bias, 7.0)
+    average = AnytimeMean(model)
+    for step in range(1, 60):
+        nn.init.constant_(model.weight, float(step))
+        average.take(step)
+        assert average.mean.weight.item() == pytest.approx((9 * step + 1) / 10, rel=1e-12)
+        assert average.mean.bias.item() == pytest.approx(7.0, rel=1e-12)
+    assert model.weight.item() == 59.0
+
+
+def test_the_first_steps_of_a_long_training_are_a_short_one():
+    pairs = paired(SMOKE.shape.scenes(24, "train", 0))
+    long, losses = fit("late", SMOKE, pairs, 0)
+    assert list(long) == list(SMOKE.marks)
+    assert len(losses) == SMOKE.marks[-1]
+    short, _ = fit("late", replace(SMOKE, marks=SMOKE.marks[:3]), pairs, 0)
+    for mark, model in short.items():
+        other = long[mark].state_dict()
+        assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items())
+    assert not torch.equal(long[1].text_map.weight, long[4].text_map.weight)
+
+
+def test_what_is_kept_is_the_mean_of_the_weights_so_far():
+    pairs, seen = paired(SMOKE.shape.scenes(24, "train", 0)), []
+    model = untrained(SMOKE.shape, 0)
+    train(
+        model,
+        index_batches(24, SMOKE.batch, 1000),
+        lambda model, index: contrastive_loss(model, pairs[index], ARMS["late"].train),
+        SMOKE.plan("late"),
+        groups=decay_matrices,
+        after_step=lambda step: seen.append(model.text_map.weight.detach().clone()),
+    )
+    kept, _ = fit("late", SMOKE, pairs, 0)
+    mean = seen[0]
+    for step, weight in enumerate(seen, start=1):
+        mean = mean + 9 / (step + 8) * (weight - mean)
+        if step in SMOKE.marks:
+            torch.testing.assert_close(kept[step].text_map.weight, mean)
+    assert (mean - seen[-1]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_reaches_both_towers(arm):
     model, pairs = untrained(SMOKE.shape, 0), paired(SMOKE.shape.scenes(8, "train", 0))
@@ -103,8 +168,23 @@ def test_build_can_be_read_again(tmp_path, monkeypatch):
     build(tmp_path, "smoke")
     monkeypatch.setattr(filip, "backbone_path", lambda name, profile: tmp_path)
     trained = filip.load("smoke")
-    assert {arm: len(found) for arm, found in trained.models.items()} == SMOKE.arms
-    assert trained.losses["late"].shape == (SMOKE.arms["late"], SMOKE.steps)
+    assert list(trained.models) == list(ARMS)
+    assert {len(models) for models in trained.at(SMOKE.marks[-1]).values()} == {SMOKE.seeds}
+    assert trained.losses["late"].shape == (SMOKE.seeds, SMOKE.marks[-1])
     assert trained.losses["late"].isfinite().all()
-    start, end = untrained(SMOKE.shape, 1), trained.models["late"][1]
-    assert not torch.equal(start.text_map.weight, end.text_map.weight)
+    first, last = (trained.at(mark)["late"][1] for mark in (SMOKE.marks[0], SMOKE.marks[-1]))
+    start = untrained(SMOKE.shape, SMOKE.first + 1)
+    assert not torch.equal(start.text_map.weight, last.text_map.weight)
+    assert not torch.equal(first.text_map.weight, last.text_map.weight)
+
+
+@pytest.mark.parametrize("profile", SETTINGS)
+def test_marks_hold_the_half_and_two_pairs_at_equal_time(profile):
+    setting = SETTINGS[profile]
+    assert list(setting.marks) == sorted(setting.marks)
+    assert 2 * (setting.marks[-1] // 2) == setting.marks[-1]
+    assert setting.marks[-1] // 2 in setting.marks
+    pairs = setting.in_the_same_time
+    assert setting.marks[-1] in pairs
+    assert all(8 * late == 5 * steps for steps, late in pairs.items())
+    assert len(pairs) == (1 if profile == "smoke" else 2)

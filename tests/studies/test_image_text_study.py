@@ -2,19 +2,34 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from reattend.data.attribute_scenes import AttributeScenes, held_out_pair, make_attribute_scenes
+from reattend.backbones.trained.filip import ARMS, SETTINGS, untrained
+from reattend.data.attribute_scenes import (
+    COLOURS,
+    NOUNS,
+    AttributeScenes,
+    held_out_pair,
+    make_attribute_scenes,
+    spelled,
+)
 from reattend.studies.image_text import (
     PairTokens,
+    colour_prompts,
+    encoded,
+    mean_recall,
+    nouns_found,
     own_similarities,
     padding_share,
     patches_in_boxes,
     pointing,
+    prompt_vectors,
     recalls,
     retrieval,
     with_absent_objects,
     with_swapped_colours,
     word_iou,
+    zero_shot,
 )
 
 
@@ -138,3 +153,77 @@ def test_padding_share_by_hand():
     assert padding_share(patches, words, mask, case()) == pytest.approx(100 * 2 / 3)
     full = torch.ones(1, 3, dtype=torch.bool)
     assert padding_share(patches, words, full, case()) == 0
+
+
+# Classes that prompts name --------------------------------------------------------------------------
+
+
+def prompts(classes=3, count=4, joint=6):
+    return torch.randn(classes, count, joint, generator=torch.Generator().manual_seed(0)).double()
+
+
+def test_one_prompt_is_no_ensemble():
+    one = prompts(count=1)
+    torch.testing.assert_close(prompt_vectors(one), F.normalize(one[:, 0], dim=-1))
+
+
+def test_vectors_are_normalised_before_the_mean_and_after_it():
+    # Two prompts at right angles: their bisector, however long either is.
+    pair = torch.tensor([[[3.0, 0.0], [0.0, 0.5]]])
+    torch.testing.assert_close(prompt_vectors(pair), torch.full((1, 2), 0.5**0.5))
+    found = prompt_vectors(prompts())
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(3).double())
+    # The cosine with the ensemble is the mean cosine over the length of the mean.
+    unit, picture = F.normalize(prompts(), dim=-1), F.normalize(prompts()[0, 0] + 1, dim=-1)
+    expected = (unit @ picture).mean(1) / unit.mean(1).norm(dim=-1)
+    torch.testing.assert_close(found @ picture, expected)
+
+
+def test_the_order_and_number_of_equal_prompts_do_not_matter():
+    texts = prompts()
+    for other in (texts[:, [2, 0, 3, 1]], texts.repeat(1, 3, 1)):
+        torch.testing.assert_close(prompt_vectors(other), prompt_vectors(texts))
+
+
+def test_prompts_name_every_noun_in_every_colour():
+    ids, mask = colour_prompts()
+    said = [" ".join(spelled(line)) for line in ids]
+    assert said == [f"<bos> {colour} {noun} <eos>" for noun in NOUNS for colour in COLOURS]
+    assert mask.all()
+
+
+def test_nouns_found_by_hand():
+    nouns = torch.tensor([[0, 2, -1], [3, 1, 0]])
+    scores = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.1, 0.9, 0.8, 0.7]])
+    # Of nouns 0 and 2 the best two classes (0, 1) hold one; of 3, 1, 0 the best three (1, 2, 3) hold two.
+    assert nouns_found(scores, nouns) == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
+    assert nouns_found(-scores, nouns) == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
+    assert nouns_found(torch.eye(4)[[0, 3]], torch.tensor([[0], [3]])) == 100
+
+
+def test_zero_shot_of_each_arm_by_hand():
+    shape = SETTINGS["smoke"].shape
+    model, scenes = untrained(shape, 0).eval(), shape.scenes(12, "test", 0)
+    ids, mask = colour_prompts()
+    with torch.no_grad():
+        image, text = model.image_tokens(scenes.pixels), model.text_tokens(ids)
+    for arm in ("global", "late", "mean-mean"):
+        found = zero_shot(model, arm, scenes)
+        scores = ARMS[arm].test(image, text, mask)[0].view(12, len(NOUNS), len(COLOURS))
+        alone = [nouns_found(scores[..., c], scenes.nouns) for c in range(len(COLOURS))]
+        assert found["one prompt"] == pytest.approx(sum(alone) / len(COLOURS))
+        assert found["mean similarity"] == nouns_found(scores.mean(2), scenes.nouns)
+        assert ("mean vector" in found) == (arm == "global")
+    ends = text[:, -1].view(len(NOUNS), len(COLOURS), -1)
+    vectors = torch.stack([F.normalize(rows.mean(0), dim=0) for rows in ends])
+    found = zero_shot(model, "global", scenes)["mean vector"]
+    assert found == nouns_found(image[:, 0] @ vectors.T, scenes.nouns)
+
+
+def test_mean_recall_is_that_of_the_tokens():
+    shape = SETTINGS["smoke"].shape
+    model, scenes = untrained(shape, 0).eval(), shape.scenes(12, "test", 0)
+    tokens = encoded(model, scenes)["true"]
+    for arm in ("global", "late"):
+        expected = retrieval(ARMS[arm].test, tokens, torch.tensor(3.0), gallery=6)["R@1"]
+        assert mean_recall(model, ARMS[arm].test, scenes, 6) == expected

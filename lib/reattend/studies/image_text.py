@@ -1,4 +1,4 @@
-"""What is asked of picture-text models: retrieval both ways, which colour belongs to which noun, where words point.
+"""What is asked of picture-text models: retrieval both ways, classes, whose colour is which, where words point.
 
 Names of shapes: `pairs` (picture i with text i), `patches` (of a square grid, row by row), `words`, `objects`.
 """
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from reattend.backbones.trained.filip import ARMS, Compare, paired
+from reattend.backbones.trained.filip import ARMS, Compare, global_similarity, paired
 from reattend.data.attribute_scenes import (
     COLOURS,
     NOUNS,
@@ -24,8 +25,8 @@ from reattend.data.attribute_scenes import (
 )
 from reattend.metrics import ranks_of_answers
 from reattend.training.contrastive import symmetric_info_nce
-from reattend.trunks.image_text import ImageTextModel
-from reattend.vision_language.filip import best_patches, best_words
+from reattend.trunks.image_text import ImageTextModel, last_words
+from reattend.vision_language.filip import best_patches, best_words, prompt_ensemble
 
 KS = (1, 5, 10)
 
@@ -258,14 +259,71 @@ def padding_share(
     return 100 * (lost & shown).sum().item() / max(1, shown.sum().item())
 
 
-def held_out_recall(
-    model: ImageTextModel, arm: str, scenes: AttributeScenes, gallery: int
+@torch.no_grad()
+def mean_recall(
+    model: ImageTextModel, compare: Compare, scenes: AttributeScenes, gallery: int
 ) -> float:
-    """Mean R@1 on scenes with a held-out pair of colour and noun, in per cent."""
-    ids = paired(scenes)
-    with torch.no_grad():
-        device = model.log_scale.device
-        image = model.image_tokens(ids.pixels.to(device)).cpu()
-        text = model.text_tokens(ids.ids.to(device)).cpu()
-    tokens = PairTokens(image, text, ids.mask)
-    return retrieval(ARMS[arm].test, tokens, model.scale.detach().cpu(), gallery)["R@1"]
+    """Mean R@1 of a model on scenes, in per cent, under any similarity; `gallery` of them at a time."""
+    pairs, device = paired(scenes), model.log_scale.device
+    image = model.image_tokens(pairs.pixels.to(device)).cpu()
+    text = model.text_tokens(pairs.ids.to(device)).cpu()
+    tokens = PairTokens(image, text, pairs.mask)
+    return retrieval(compare, tokens, model.scale.cpu(), gallery)["R@1"]
+
+
+# --- classes that prompts name --------------------------------------------------------------------------
+
+
+def prompt_vectors(
+    texts: Float[Tensor, "classes prompts joint"],
+) -> Float[Tensor, "classes joint"]:
+    """One vector of length 1 a class out of those of its prompts: CLIP's prompt ensemble (2103.00020, section 3.1.4).
+
+    e_c = m_c / |m_c| with m_c = (1/P) sum_p t_cp / |t_cp|. A picture's cosine with e_c is the mean of its cosines
+    with the prompts, divided by |m_c|: classes whose prompts disagree are raised.
+    """
+    return F.normalize(F.normalize(texts, dim=-1).mean(1), dim=-1)
+
+
+def colour_prompts() -> tuple[
+    Int[Tensor, "nouns_x_colours length"], Bool[Tensor, "nouns_x_colours length"]
+]:
+    """Captions "red apple", "blue apple", ...: every noun in every colour, the colours of a noun side by side."""
+    nouns = torch.arange(len(NOUNS)).repeat_interleave(len(COLOURS))
+    colours = torch.arange(len(COLOURS)).repeat(len(NOUNS))
+    return caption_ids(colours[:, None], nouns[:, None])
+
+
+def nouns_found(
+    scores: Float[Tensor, "scenes classes"], nouns: Int[Tensor, "scenes objects"]
+) -> float:
+    """Per cent of a scene's nouns among as many classes of the highest scores as it has objects, mean over scenes.
+
+    Args:
+        nouns: the classes of a scene, each once; negative where there is no object.
+    """
+    there = nouns >= 0
+    ranks = scores.argsort(1, descending=True).argsort(1).gather(1, nouns.clamp(min=0))
+    found = (ranks < there.sum(1, keepdim=True)) & there
+    return 100 * (found.sum(1) / there.sum(1)).double().mean().item()
+
+
+@torch.no_grad()
+def zero_shot(model: ImageTextModel, arm: str, scenes: AttributeScenes) -> dict[str, float]:
+    """`nouns_found` with the nouns as classes, by what is made of a noun's prompts, one in each colour.
+
+    "one prompt": the mean over colours of what one alone finds. "mean similarity": FILIP's ensemble. "mean
+    vector": CLIP's, only for "global", where a text is one vector.
+    """
+    ids, mask = colour_prompts()
+    device, compare = model.log_scale.device, ARMS[arm].test
+    image = model.image_tokens(scenes.pixels.to(device)).cpu()
+    text = model.text_tokens(ids.to(device)).cpu()
+    scores = compare(image, text, mask)[0].unflatten(1, (len(NOUNS), len(COLOURS)))
+    alone = [nouns_found(part, scenes.nouns) for part in scores.unbind(2)]
+    found = {"one prompt": float(np.mean(alone))}
+    found["mean similarity"] = nouns_found(prompt_ensemble(scores), scenes.nouns)
+    if compare is global_similarity:
+        vectors = prompt_vectors(last_words(text, mask).unflatten(0, (len(NOUNS), len(COLOURS))))
+        found["mean vector"] = nouns_found(image[:, 0] @ vectors.T, scenes.nouns)
+    return found

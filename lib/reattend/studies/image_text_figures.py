@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from reattend.data.attribute_scenes import AttributeScenes, caption_ids, colour_word, spelled
-from reattend.plots import BASELINE, COLOURS, REPORTED, mean_point
+from reattend.plots import BASELINE, COLOURS, REPORTED, mean_curve, mean_point
 
 ARM_COLOURS = {
     "late": COLOURS[0],
@@ -37,13 +37,12 @@ def _caption(scenes: AttributeScenes, scene: int) -> list[str]:
 
 
 def draw_scenes(scenes: AttributeScenes, columns: int = 6) -> Figure:
-    """Pictures with their boxes, a caption above each."""
+    """Pictures with their boxes, a caption above each, an object a line."""
     rows = -(-len(scenes) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 2.0 * rows))
+    figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 2.3 * rows))
     for scene, axis in enumerate(axes.flat):
-        words = _caption(scenes, scene)[1:-1]
-        half = words.index("and", len(words) // 2) + 1 if len(words) > 5 else len(words)
-        _picture(axis, scenes.pixels[scene], " ".join(words[:half]) + "\n" + " ".join(words[half:]))
+        lines = " ".join(_caption(scenes, scene)[1:-1]).replace(" and ", " and\n")
+        _picture(axis, scenes.pixels[scene], lines)
         for x0, y0, x1, y1 in scenes.boxes[scene].tolist():
             if x1:
                 corner = (x0 - 0.5, y0 - 0.5)
@@ -78,18 +77,24 @@ def draw_products(
     return figure
 
 
-def draw_training(losses: Mapping[str, Float[Tensor, "seeds steps"]], every: int = 10) -> Figure:
-    """Training loss of every arm, means of `every` steps; a line a seed."""
-    figure, axis = plt.subplots(figsize=(7, 3.4))
+def draw_training(
+    losses: Mapping[str, Float[Tensor, "seeds steps"]],
+    recalls: Mapping[str, Float[np.ndarray, "seeds marks"]],
+    marks: Sequence[int],
+    every: int = 10,
+) -> Figure:
+    """Training loss of every arm, means of `every` steps, a line a seed; and R@1 after `marks` steps."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
     for arm, values in losses.items():
         kept = values.shape[1] // every * every
         means = values[:, :kept].unflatten(1, (-1, every)).mean(2)
         places = np.arange(means.shape[1]) * every + every / 2
-        for seed, line in enumerate(means):
-            label = arm if seed == 0 else None
-            axis.plot(places, line, color=ARM_COLOURS[arm], lw=1, alpha=0.8, label=label)
-    axis.set(xlabel="step", ylabel="contrastive loss, nats")
-    axis.legend()
+        for line in means:
+            axes[0].plot(places, line, color=ARM_COLOURS[arm], lw=0.8, alpha=0.6)
+        mean_curve(axes[1], marks, recalls[arm], ARM_COLOURS[arm], arm)
+    axes[0].set(xlabel="step", ylabel="contrastive loss, nats")
+    axes[1].set(xlabel="steps of training", ylabel="R@1, per cent")
+    axes[1].legend()
     return figure
 
 

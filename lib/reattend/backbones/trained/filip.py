@@ -2,18 +2,22 @@
 
 All arms have the same towers and maps. Arms of one seed start from the same weights and see the same pairs
 in the same order; another seed has other weights, other training scenes and another order.
+
+The rate stays where the warm-up ends, and what is kept is a mean of the weights that can be taken at any step: so one
+training gives the models of several lengths of training, each as good as if it had been planned for that length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from reattend.backbones.store import backbone_path
 from reattend.data.attribute_scenes import (
@@ -59,27 +63,47 @@ class Shape:
 
 @dataclass(frozen=True)
 class Setting:
-    """What one profile trains: `arms` are names in `ARMS` with their numbers of seeds.
+    """What one profile trains: `seeds` models of every arm in `ARMS`.
 
     Attributes:
+        first: the first of these seeds.
         rates: learning rate of each arm.
+        warmup: steps until the rate is reached; it stays there.
+        marks: steps after which a model is kept, in order; the training ends at the last.
         scenes: training scenes of each seed.
         galleries, gallery: how many test galleries of how many pairs.
     """
 
     shape: Shape
-    arms: Mapping[str, int]
+    seeds: int
+    first: int
     rates: Mapping[str, float]
     batch: int
-    steps: int
+    warmup: int
+    marks: tuple[int, ...]
     scenes: int
     galleries: int
     gallery: int
 
+    @property
+    def in_the_same_time(self) -> dict[int, int]:
+        """Steps of "late" that take no more time than so many of "global": five eighths, where both are marks.
+
+        As long as a step of "late" takes less than 1.6 times as long.
+        """
+        shorter = {mark: 5 * mark // 8 for mark in self.marks if 5 * mark % 8 == 0}
+        return {mark: less for mark, less in shorter.items() if less in self.marks}
+
     def plan(self, arm: str) -> TrainingPlan:
-        """Warm-up over a sixth of the steps, then a cosine to zero."""
-        rate, warmup = self.rates[arm], self.steps // 6
-        return TrainingPlan(self.steps, rate, weight_decay=0.03, warmup=warmup, fused=True)
+        """A constant rate, so that the first steps of a long training are a short one."""
+        return TrainingPlan(
+            self.marks[-1],
+            self.rates[arm],
+            weight_decay=0.03,
+            warmup=self.warmup,
+            schedule="constant",
+            fused=True,
+        )
 
 
 # --- arms ----------------------------------------------------------------------------------------
@@ -119,15 +143,18 @@ def unmasked(image: Tensor, text: Tensor, mask: Tensor) -> Similarities:
     return late_similarity(image[:, 1:], text, torch.ones_like(mask))
 
 
-def quarter(image: Tensor, text: Tensor, mask: Tensor) -> Similarities:
-    """The method on the quarter of each picture's patches that four workers would send on, and all words.
+def some_patches(share: float) -> Compare:
+    """The method on the share of each picture's patches that four workers would send on, and all words.
 
     All words, because the port takes a quarter of 77 padded places, which are more than its captions have.
     """
-    local = max(1, len(image) // 4)
-    patches = image[:, 1:]
-    kept = telling_tokens(patches, text, 0.25, other_mask=mask, local=local)
-    return late_similarity(gathered(patches, kept), text, mask)
+
+    def compare(image: Tensor, text: Tensor, mask: Tensor) -> Similarities:
+        patches, local = image[:, 1:], max(1, len(image) // 4)
+        kept = telling_tokens(patches, text, share, other_mask=mask, local=local)
+        return late_similarity(gathered(patches, kept), text, mask)
+
+    return compare
 
 
 @dataclass(frozen=True)
@@ -143,19 +170,31 @@ ARMS = {
     "late": Arm(late, late),
     "mean-mean": Arm(mean_mean, mean_mean),
     "unmasked": Arm(unmasked, unmasked),
-    "quarter": Arm(quarter, late),
+    "quarter": Arm(some_patches(0.25), late),
 }
-RATES = dict.fromkeys(ARMS, 3e-3) | {"mean-mean": 1.5e-3}
-SEEDS = {"global": 4, "late": 4, "mean-mean": 3, "unmasked": 3, "quarter": 3}
+RATES = dict.fromkeys(ARMS, 1.5e-3)
 SETTINGS = {
-    "smoke": Setting(Shape(24, 4, 16, 1, 2, 16), dict.fromkeys(ARMS, 3), RATES, 8, 2, 24, 1, 16),
-    "cpu": Setting(Shape(24, 4, 64, 2, 4, 64), SEEDS, RATES, 48, 600, 4000, 4, 256),
+    "smoke": Setting(Shape(24, 4, 16, 1, 2, 16), 3, 0, RATES, 8, 1, (1, 4, 5, 8), 24, 1, 16),
+    "cpu": Setting(
+        Shape(24, 4, 48, 2, 3, 48),
+        4,
+        10,
+        RATES,
+        32,
+        50,
+        (220, 352, 440, 550, 880),
+        1000,
+        4,
+        256,
+    ),
     "gpu": Setting(
         Shape(96, 8, 256, 6, 8, 256, (4, 6), (16, 24)),
-        dict.fromkeys(ARMS, 8),
+        8,
+        10,
         dict.fromkeys(ARMS, 1e-3),
         512,
-        4000,
+        500,
+        (1000, 1600, 2000, 2500, 4000),
         20_000,
         4,
         1000,
@@ -203,24 +242,54 @@ def contrastive_loss(model: ImageTextModel, pairs: Pairs, compare: Compare) -> F
     return symmetric_info_nce(model.scale * by_patches, model.scale * by_words)
 
 
+class AnytimeMean:
+    """A mean of weights over a training in which late steps count most, at any step (Shamir and Zhang 2013, 1212.1824).
+
+    mean_t = mean_{t-1} + w_t (weights_t - mean_{t-1}) with w_t = (LATENESS + 1) / (t + LATENESS): step s counts about
+    as s to the power LATENESS, so that the mean lies about a tenth of the steps back, however long the training is.
+
+    Args:
+        model: whose weights are averaged; they are read at each call.
+    """
+
+    LATENESS = 8
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.mean = model, deepcopy(model).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def take(self, step: int) -> None:
+        """Take the weights after step number `step`, which counts from 1 and comes once each."""
+        share = (self.LATENESS + 1) / (step + self.LATENESS)
+        for mean, now in zip(self.mean.parameters(), self.model.parameters(), strict=True):
+            mean.lerp_(now, share)
+
+
 def fit(
     arm: str, setting: Setting, pairs: Pairs, seed: int
-) -> tuple[ImageTextModel, Float[Tensor, " steps"]]:
-    """A trained model of one arm, and the loss of every step.
+) -> tuple[dict[int, ImageTextModel], Float[Tensor, " steps"]]:
+    """Trained models of one arm by the number of steps, and the loss of every step.
 
     Raises:
         KeyError: for an unknown arm.
     """
     model = untrained(setting.shape, seed).to(pairs.ids.device)
-    compare = ARMS[arm].train
+    compare, average, kept = ARMS[arm].train, AnytimeMean(model), {}
+
+    def after_step(step: int) -> None:
+        average.take(step + 1)
+        if step + 1 in setting.marks:
+            kept[step + 1] = deepcopy(average.mean)
+
     log = train(
         model,
         index_batches(len(pairs), setting.batch, 1000 + seed),
         lambda model, index: contrastive_loss(model, pairs[index], compare),
         setting.plan(arm),
         groups=decay_matrices,
+        after_step=after_step,
     )
-    return model, torch.tensor(log.losses)
+    return kept, torch.tensor(log.losses)
 
 
 # --- the build -----------------------------------------------------------------------------------
@@ -230,14 +299,14 @@ def build(target: Path, profile: str) -> None:
     """Train all arms of a profile; write weights and losses."""
     setting = SETTINGS[profile]
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
-    losses: dict[str, list[Tensor]] = {arm: [] for arm in setting.arms}
-    for seed in range(max(setting.arms.values())):
+    losses: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
+    for seed in range(setting.first, setting.first + setting.seeds):
         pairs = paired(setting.shape.scenes(setting.scenes, "train", seed)).to(device)
-        for arm, seeds in setting.arms.items():
-            if seed < seeds:
-                model, loss = fit(arm, setting, pairs, seed)
-                save_model(model, target / f"{arm}-{seed}.safetensors")
-                losses[arm].append(loss)
+        for arm in ARMS:
+            kept, loss = fit(arm, setting, pairs, seed)
+            for mark, model in kept.items():
+                save_model(model, target / f"{arm}-{seed}-{mark}.safetensors")
+            losses[arm].append(loss)
     for arm, rows in losses.items():
         last = ", ".join(f"{row[-20:].mean():.3f}" for row in rows)
         print(f"{arm}: {last} nats over the last 20 steps", flush=True)
@@ -246,20 +315,28 @@ def build(target: Path, profile: str) -> None:
 
 @dataclass(frozen=True)
 class TrainedArms:
-    """Trained models by arm, a list over seeds each, and the training loss of every step."""
+    """Trained models by arm and by the number of steps, a list over seeds each, and the loss of every step."""
 
-    models: dict[str, list[ImageTextModel]]
+    models: dict[str, dict[int, list[ImageTextModel]]]
     losses: dict[str, Float[Tensor, "seeds steps"]]
+
+    def at(self, mark: int) -> dict[str, list[ImageTextModel]]:
+        """The models after so many steps, by arm, a list over seeds each."""
+        return {arm: by_mark[mark] for arm, by_mark in self.models.items()}
 
 
 def load(profile: str = "cpu", device: torch.device | str = "cpu") -> TrainedArms:
     """The models of a profile in evaluation mode, built on first use."""
     setting, directory = SETTINGS[profile], backbone_path("filip", profile)
+    seeds = range(setting.first, setting.first + setting.seeds)
 
-    def read(arm: str, seed: int) -> ImageTextModel:
+    def read(arm: str, seed: int, mark: int) -> ImageTextModel:
         model = untrained(setting.shape, seed)
-        load_model(model, directory / f"{arm}-{seed}.safetensors")
+        load_model(model, directory / f"{arm}-{seed}-{mark}.safetensors")
         return model.to(device).eval()
 
-    models = {arm: [read(arm, seed) for seed in range(n)] for arm, n in setting.arms.items()}
+    models = {
+        arm: {mark: [read(arm, seed, mark) for seed in seeds] for mark in setting.marks}
+        for arm in ARMS
+    }
     return TrainedArms(models, load_file(directory / LOSSES))
