@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from reattend.backbones.trained.textmonkey import (
     BARE,
     CHOICES,
+    CODES,
     CROPS,
     SETTINGS,
     WHOLE,
@@ -27,16 +28,18 @@ from reattend.backbones.trained.textmonkey import (
     opened,
     page_loss,
     pages_of,
+    place_codes,
     place_loss,
     token_loss,
     untrained,
     untrained_readers,
 )
-from reattend.data.digit_pages import BORDER, UNASKED
+from reattend.data.word_pages import UNASKED
 from reattend.multimodal_llm.textmonkey import least_similar
 from reattend.trunks.language import parameter_count
 
 SMALL = replace(SETTINGS["smoke"], arm_steps=2)
+N, HALF, FOURTH = 288, 144, 72
 PAGES = SMALL.draw(6, torch.Generator().manual_seed(0))
 
 
@@ -47,15 +50,16 @@ def network(arm=None, grid=CROPS, seed=0):
     return made.eval()
 
 
-def tokens(count=72, width=8, seed=0):
+def tokens(count=N, width=8, seed=0):
     return torch.randn(3, count, width, generator=torch.Generator().manual_seed(seed))
 
 
-def reaches_right(model):
-    """Whether a token beside the border in the left crop depends on pixels of the right one."""
+def reaches_out(model):
+    """Whether the last token of the first crop depends on pixels right of it, and on pixels below it."""
     pixels = PAGES.pixels[:1].clone().requires_grad_()
-    model(pixels)[0, 2, 5].sum().backward()
-    return bool(pixels.grad[0, :, 24:].abs().max() > 1e-9)
+    model(pixels)[0, 5, 11].sum().backward()
+    beyond = pixels.grad[0, :24, 48:], pixels.grad[0, 24:, :48]
+    return [bool(part.abs().max() > 1e-9) for part in beyond]
 
 
 @pytest.mark.parametrize(
@@ -65,11 +69,11 @@ def test_only_shifted_windows_carry_pixels_across_the_border(arm, reaches):
     model = network(arm)
     for module in model.windows.values():
         torch.nn.init.normal_(module.shift_attn.mlp.fc2.weight)
-    assert reaches_right(model) == reaches
-    assert reaches_right(network(grid=WHOLE))
+    assert reaches_out(model) == [reaches, reaches]
+    assert reaches_out(network(grid=WHOLE)) == [True, True]
 
 
-def test_three_arms_start_as_plain_crops():
+def test_arms_start_as_plain_crops():
     plain = network()(PAGES.pixels)
     same = {arm: torch.equal(network(arm)(PAGES.pixels), plain) for arm in WINDOW_ARMS}
     assert same == {arm: arm != "default init" for arm in WINDOW_ARMS}
@@ -82,7 +86,6 @@ def test_modules_of_a_seed_share_their_numbers_and_their_size():
         differ = {k for k in state if not torch.equal(state[k], zero[k])}
         expected = {
             "default init": {"1.shift_attn.mlp.fc2.weight"},
-            "zero scale": {"1.shift_attn.mlp.fc2.weight", "1.shift_attn.mlp.scale"},
         }
         assert differ == expected.get(arm, set())
     counts = {parameter_count(network(arm)) for arm in states}
@@ -120,62 +123,85 @@ def test_pages_that_are_read_once_are_those_that_a_network_reads():
 def test_an_opened_network_reads_the_page_with_the_same_weights():
     base = network()
     whole = opened(base, SMALL).eval()
-    assert reaches_right(whole)
-    assert not reaches_right(base)
-    positions = whole.positions.view(6, 12, -1)
-    assert torch.equal(positions[:, :6], base.positions.view(6, 6, -1))
-    assert torch.equal(positions[:, 6:], base.positions.view(6, 6, -1))
+    assert reaches_out(whole) == [True, True]
+    assert reaches_out(base) == [False, False]
+    positions = whole.positions.view(12, 24, -1)
+    for crop in (positions[:6, :12], positions[:6, 12:], positions[6:, :12], positions[6:, 12:]):
+        assert torch.equal(crop, base.positions.view(6, 12, -1))
     for name, value in base.state_dict().items():
         assert name == "positions" or torch.equal(whole.state_dict()[name], value)
-    with torch.no_grad():  # no token reads another: then crops or page are the same
+    with (
+        torch.no_grad()
+    ):  # no token reads another, in the stem as little: then crops or page are the same
         for model in (base, whole):
             for block in model.blocks:
                 block.proj.weight.zero_()
-    blank = torch.zeros(1, 24, 48)
-    torch.testing.assert_close(whole(blank)[:, :, 1:5], base(blank)[:, :, 1:5])
+            model.stem[-1].conv.weight.zero_()
+    blank = torch.zeros(1, 48, 96)
+    torch.testing.assert_close(whole(blank)[:, 1:6, 1:12], base(blank)[:, 1:6, 1:12])
 
 
 def test_a_network_of_the_whole_page_is_trained_all_through():
     base = network()
     start = {name: value.clone() for name, value in base.state_dict().items()}
     whole, losses = fit_whole_page(SMALL, base, 0)
-    assert len(losses) == 2 * SMALL.arm_steps
+    assert len(losses) == SMALL.opened_steps
     fresh = opened(base, SMALL).state_dict()
     assert all(not torch.equal(value, fresh[name]) for name, value in whole.state_dict().items())
     assert all(torch.equal(base.state_dict()[name], value) for name, value in start.items())
 
 
-def test_losses_count_digits_that_are_there():
+def test_losses_count_letters_that_are_there():
     model = network()
     scores = model(PAGES.pixels)
     asked = PAGES.labels != UNASKED
     expected = F.cross_entropy(scores[asked], PAGES.labels[asked])
     torch.testing.assert_close(token_loss(scores, PAGES), expected)
     assert page_loss(model, PAGES) == token_loss(scores, PAGES)
-    places = torch.randn(6, 3, 10, generator=torch.Generator().manual_seed(1))
-    expected = F.cross_entropy(places[PAGES.present], PAGES.digits[PAGES.present])
+    places = torch.randn(6, 48, 26, generator=torch.Generator().manual_seed(1))
+    expected = F.cross_entropy(places[PAGES.present], PAGES.letters[PAGES.present])
     torch.testing.assert_close(place_loss(places, PAGES), expected)
 
 
 def test_a_linear_reader_sees_the_pixels_around_each_token():
     torch.manual_seed(0)
     reader = LinearReader(reach=2)
-    row, column = (x[4, BORDER] // 4 * 4 + 2 for x in (PAGES.rows, PAGES.columns))
+    row, column = (x[4, 3] // 4 * 4 + 2 for x in (PAGES.rows, PAGES.columns))
     window = PAGES.pixels[4, row - 2 : row + 3, column - 2 : column + 3]
-    torch.testing.assert_close(reader(PAGES)[4, BORDER], reader.read(window.flatten()))
+    assert PAGES.present[4, 3]
+    torch.testing.assert_close(reader(PAGES)[4, 3], reader.read(window.flatten()))
 
 
-def test_a_reader_of_places_knows_slots():
+def test_codes_tell_places_apart_and_neighbours_from_far_ones():
+    codes = place_codes()
+    alike = codes @ codes.T
+    assert codes.shape == (N, CODES)
+    torch.testing.assert_close(alike.diagonal(), torch.full((N,), 16.0))
+    assert (alike - 20 * torch.eye(N)).max() < 15.5
+    assert alike[0, 1] > alike[0, 12]
+    torch.testing.assert_close(alike[0, 25], alike[60, 85])  # one down and one to the right
+
+
+def test_a_reader_of_places_looks_where_it_is_asked():
     torch.manual_seed(0)
-    reader, x = PlaceReader(8, 72, 2), tokens()
-    asked = torch.tensor([[3, 40, 71]]).expand(3, -1)
-    found = reader(x, asked)
-    assert found.shape == (3, 3, 10)
-    order = torch.randperm(72)
-    assert not torch.allclose(reader(x[:, order], asked), found, atol=1e-4)
+    reader, x = PlaceReader(8, 2), tokens()
     with torch.no_grad():
-        reader.slots.copy_(reader.slots[order])
-    torch.testing.assert_close(reader(x[:, order], asked), found, atol=1e-5, rtol=1e-4)
+        reader.key.weight.zero_()
+        reader.query.weight.mul_(40)  # so sharp that it reads one token
+    codes = place_codes().expand(3, -1, -1)
+    asked = torch.tensor([[3, 40, 287]]).expand(3, -1)
+    alone = reader.head(reader.out(reader.value(reader.norm(x[:, [3, 40, 287]]))))
+    torch.testing.assert_close(reader(x, codes, asked), alone, atol=1e-3, rtol=1e-3)
+
+
+def test_a_reader_of_places_does_not_know_slots():
+    torch.manual_seed(0)
+    reader, x, codes = PlaceReader(8, 2), tokens(), place_codes().expand(3, -1, -1)
+    asked, order = torch.tensor([[3, 40, 71]]).expand(3, -1), torch.randperm(N)
+    found = reader(x, codes, asked)
+    assert found.shape == (3, 3, 26)
+    torch.testing.assert_close(reader(x[:, order], codes[:, order], asked), found)
+    assert not torch.allclose(reader(x[:, order], codes, asked), found, atol=1e-4)
 
 
 def short(choice, keep, resample=False, seed=0):
@@ -183,50 +209,98 @@ def short(choice, keep, resample=False, seed=0):
     return ShortReader(choice, keep, resample, 8, 2, seed)
 
 
-@pytest.mark.parametrize("keep", [36, 18])
+@pytest.mark.parametrize("keep", [HALF, FOURTH])
 @pytest.mark.parametrize("choice", sorted({*CHOICES, *BARE}))
 def test_sequences_have_the_length_they_should(choice, keep):
     reader, x = short(choice, keep), tokens()
-    assert reader.latents(x).shape == (3, keep, 8)
-    assert reader(x, torch.tensor([[0], [1], [2]])).shape == (3, 1, 10)
+    latents, codes = reader.latents(x)
+    assert latents.shape == (3, keep, 8)
+    assert codes.shape == (3, keep, CODES)
+    assert reader(x, torch.tensor([[0], [1], [2]])).shape == (3, 1, 26)
 
 
 def test_choices_keep_what_they_say():
     x = tokens()
-    similar = least_similar(x, 18)
-    assert torch.equal(short("similarity", 18).kept(x), similar)
-    shuffled = short("unsorted", 18).kept(x)
+    similar = least_similar(x, FOURTH)
+    for choice in ("similarity", "kept alone", "by slot"):
+        assert torch.equal(short(choice, FOURTH).kept(x), similar)
+    shuffled = short("unsorted", FOURTH).kept(x)
     assert torch.equal(shuffled.sort(-1).values, similar)
     assert not torch.equal(shuffled, similar)
-    reader = short("random", 18)
+    reader = short("random", FOURTH)
     first, second = reader.kept(x), reader.kept(x)
     assert not torch.equal(first, second)  # new places for every page
     assert not torch.equal(first[0], first[1])
     assert (first.diff(dim=-1) > 0).all()
-    assert torch.equal(short("stride", 18).kept(x)[0], torch.arange(0, 72, 4))
-    most = short("most similar", 18).kept(x)
-    rest = least_similar(x, 54)
+    assert torch.equal(short("stride", FOURTH).kept(x)[0], torch.arange(0, N, 4))
+    most = short("most similar", FOURTH).kept(x)
+    rest = least_similar(x, N - FOURTH)
     assert not (most[..., None] == rest[:, None]).any()
-    assert torch.equal(short("all", 72).latents(x), x)
+    assert torch.equal(short("all", N).latents(x)[0], x)
+
+
+def test_readers_know_the_places_of_kept_tokens_on_the_page():
+    x = tokens()
+    places = torch.arange(N, dtype=torch.float32).view(1, 12, 24, 1)
+    page_codes = CROPS.cut(place_codes()[places.long()[..., 0]].view(1, 12, 24, -1)).flatten(1, 2)[
+        0
+    ]
+    kept = least_similar(x, FOURTH)
+    for choice in ("similarity", "kept alone"):
+        assert torch.equal(short(choice, FOURTH).latents(x)[1], page_codes[kept])
+    assert torch.equal(short("all", N).latents(x)[1][1], page_codes)
+    for choice in ("by slot", "unsorted"):  # the same for every page, whatever was kept
+        found = short(choice, FOURTH).latents(x)[1]
+        assert torch.equal(found, page_codes[::4].expand(3, -1, -1))
+
+
+@pytest.mark.parametrize(("choice", "reads"), [("similarity", True), ("kept alone", False)])
+def test_dropped_tokens_are_read_by_the_method_and_not_by_its_placebo(choice, reads):
+    reader = short(choice, FOURTH, resample=True)
+    torch.nn.init.normal_(reader.resampler.layers[0][1].fc2.weight)
+    x, asked = tokens(), torch.tensor([[40]]).expand(3, -1)
+    kept = least_similar(x, FOURTH)
+    reader(x.requires_grad_(), asked).square().sum().backward()
+    seen = x.grad.abs().amax(-1) > 1e-12
+    assert seen.gather(1, kept).all()
+    dropped = torch.ones_like(seen).scatter(1, kept, False)
+    assert seen[dropped].all() if reads else not seen[dropped].any()
+
+
+def test_the_placebo_of_reading_all_has_the_method_s_start_and_size():
+    method, placebo = (
+        short(choice, FOURTH, resample=True) for choice in ("similarity", "kept alone")
+    )
+    x, asked = tokens(), torch.tensor([[3, 40]]).expand(3, -1)
+    assert torch.equal(placebo.kept(x), least_similar(x, FOURTH))
+    found = placebo.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in method.state_dict().items())
+    assert parameter_count(placebo) == parameter_count(method)
+    assert torch.equal(placebo(x, asked), method(x, asked))  # until W2 moves
 
 
 def test_pooling_takes_neighbours_on_the_page():
     x = tokens()
-    page = CROPS.stitch(x.unflatten(1, (2, 36)))
-    half, quarter = short("pooling", 36).latents(x), short("pooling", 18).latents(x)
-    torch.testing.assert_close(half[:, 7], page[:, 1, 2:4].mean(1))
-    torch.testing.assert_close(quarter[:, 7], page[:, 2:4, 2:4].mean((1, 2)))
+    page, codes = CROPS.stitch(x.unflatten(1, (4, 72))), place_codes().view(12, 24, -1)
+    half, its_codes = short("pooling", HALF).latents(x)
+    fourth, _ = short("pooling", FOURTH).latents(x)
+    torch.testing.assert_close(half[:, 13], page[:, 1, 2:4].mean(1))
+    torch.testing.assert_close(its_codes[1, 13], codes[1, 2:4].mean(0))
+    torch.testing.assert_close(fourth[:, 13], page[:, 2:4, 2:4].mean((1, 2)))
 
 
 def test_merging_takes_means_of_the_most_similar():
     torch.manual_seed(0)
     x = F.normalize(tokens(6, 5), dim=-1)
     x[:, 2] = x[:, 5]
-    found = merged(x, 5)
-    torch.testing.assert_close(found[:, :2], x[:, [0, 4]])
-    torch.testing.assert_close(found[:, 2:], x[:, [1, 3, 5]])
-    whole = merged(x, 1)
-    torch.testing.assert_close(whole[:, 0], x.mean(1))  # weighed by how many went in
+    both = torch.cat([x, torch.arange(6.0).view(1, 6, 1).expand(3, -1, -1)], -1)
+    found = merged(both, 5, 5)
+    torch.testing.assert_close(found[:, :2], both[:, [0, 4]])
+    torch.testing.assert_close(found[:, 2:4], both[:, [1, 3]])
+    torch.testing.assert_close(found[:, 4], both[:, [2, 5]].mean(1))
+    torch.testing.assert_close(
+        merged(both, 1, 5)[:, 0], both.mean(1)
+    )  # weighed by how many went in
 
 
 def test_readers_start_alike_and_leave_the_network_alone():
@@ -244,9 +318,9 @@ def test_readers_start_alike_and_leave_the_network_alone():
 
 
 def test_rivals_are_trained_at_the_smallest_number():
-    names = list(untrained_readers(replace(SMALL, keep=(36, 18), bare=BARE), 0, short=True))
-    assert names[:2] == ["all", "36 similarity + resampler"]
-    expected = [f"18 {name} + resampler" for name in CHOICES] + [f"18 {name}" for name in BARE]
+    names = list(untrained_readers(replace(SMALL, keep=(HALF, FOURTH)), 0, short=True))
+    assert names[:2] == ["all", "144 similarity + resampler"]
+    expected = [f"72 {name} + resampler" for name in CHOICES] + [f"72 {name}" for name in BARE]
     assert names[2:] == expected
 
 

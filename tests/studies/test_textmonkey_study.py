@@ -18,7 +18,7 @@ from reattend.backbones.trained.textmonkey import (
     untrained,
     untrained_readers,
 )
-from reattend.data.digit_pages import BORDER, INNER
+from reattend.data.word_pages import words
 from reattend.plots import COLOURS
 from reattend.studies import textmonkey as study
 from reattend.studies.textmonkey_figures import (
@@ -48,35 +48,47 @@ def test_test_pages_are_the_same_for_all():
     assert torch.equal(PAGES.pixels, study.test_pages(replace(SMALL, seeds=range(8)), 9).pixels)
 
 
+def test_pages_of_the_test_hold_words_that_training_never_sees():
+    assert {word for page in PAGES.words for word in page} <= set(words("test"))
+
+
 def test_the_weak_reader_reads_the_token_in_the_middle():
     found = study.read_tokens(NETWORK, TOKENS, PAGES)
     scores = NETWORK(PAGES.pixels).detach()
-    for page, place in ((0, 0), (4, BORDER), (8, 2)):
+    for page, place in PAGES.present.nonzero()[::40]:
         row, column = PAGES.rows[page, place] // 4, PAGES.columns[page, place] // 4
-        expected = F.cross_entropy(scores[page, row, column], PAGES.digits[page, place])
+        expected = F.cross_entropy(scores[page, row, column], PAGES.letters[page, place])
         torch.testing.assert_close(found.nll[page, place], expected)
 
 
-def test_scores_are_means_over_the_digits_that_are_there():
-    nll = torch.arange(27.0).view(9, 3)
-    reading = study.Reading(PAGES, nll, PAGES.digits.clone())
-    reading.answers[:, BORDER] += 1
+def test_scores_are_means_over_the_letters_that_are_there():
+    nll = torch.arange(float(PAGES.letters.numel())).view(9, -1)
+    kinds = PAGES.kinds
+    reading = study.Reading(PAGES, nll, (PAGES.letters + kinds["border"].long()) % 26)
     found = reading.scores()
-    inner, border = PAGES.present[:, INNER], PAGES.present[:, BORDER]
-    assert found["inner NLL"] == pytest.approx(nll[:, INNER][inner].mean().item())
-    assert found["border NLL"] == pytest.approx(nll[:, BORDER][border].mean().item())
-    assert found["all NLL"] == pytest.approx(nll[PAGES.present].mean().item())
+    for kind, at in kinds.items():
+        assert found[f"{kind} NLL"] == pytest.approx(nll[at].double().mean().item())
     assert (found["inner %"], found["border %"]) == (100, 0)
-    line = reading.lines()[0].split(" ")
-    for place, written in enumerate(line):
-        digit = reading.answers[0, place].item()
-        right = f"[{digit}]" if place == BORDER else f"{digit}"
-        assert written == (right if PAGES.present[0, place] else "·")
+    assert 0 < found["all %"] < 100
+
+
+def test_words_are_read_letter_by_letter_with_wrong_ones_as_capitals():
+    answers = PAGES.letters.clone()
+    page = next(n for n, written in enumerate(PAGES.words) if len(written) > 1)
+    first, second = PAGES.words[page][:2]
+    answers[page, len(first) + 1] = (answers[page, len(first) + 1] + 1) % 26
+    found = list(study.Reading(PAGES, answers.float(), answers).read_words())
+    assert found[page][0] == first
+    wrong = found[page][1]
+    assert wrong[1].isupper()
+    assert wrong[0] + wrong[2:] == second[0] + second[2:]
+    rest = [written for n, written in enumerate(found) if n != page]
+    assert rest == [list(written) for n, written in enumerate(PAGES.words) if n != page]
 
 
 def test_scores_by_seed_keep_their_order():
-    nll = torch.ones(9, 3)
-    readings = {"a": [study.Reading(PAGES, k * nll, PAGES.digits) for k in (3, 1)], "b": []}
+    nll = torch.ones(PAGES.letters.shape)
+    readings = {"a": [study.Reading(PAGES, k * nll, PAGES.letters) for k in (3, 1)], "b": []}
     table = study.score_table(readings)
     assert study.by_seed(table.iloc[::-1], "a", "all NLL").tolist() == [3, 1]
 
@@ -97,15 +109,15 @@ def test_all_is_read_with_each_network_s_own_tokens():
 
 
 def test_readers_of_fewer_tokens_are_means_by_number_and_choice():
-    nll = torch.ones(9, 3)
-    names = ["all", "36 similarity + resampler", "18 most similar"]
-    readings = {n: [study.Reading(PAGES, k * nll, PAGES.digits) for k in (3, 2)] for n in names}
-    found = study.shorter_table(study.score_table(readings), {"18 most similar": 7.0})
-    assert found.tokens.tolist() == [72, 36, 18]
+    nll = torch.ones(PAGES.letters.shape)
+    names = ["all", "144 similarity + resampler", "72 most similar"]
+    readings = {n: [study.Reading(PAGES, k * nll, PAGES.letters) for k in (3, 2)] for n in names}
+    found = study.shorter_table(study.score_table(readings), {"72 most similar": 7.0})
+    assert found.tokens.tolist() == [288, 144, 72]
     assert found.choice.tolist() == ["all", "similarity + resampler", "most similar"]
     assert found["all NLL"].tolist() == [2.5] * 3
-    assert found["kept of the digits' tokens, %"].tolist()[2] == 7
-    assert found["kept of the digits' tokens, %"].isna().tolist() == [True, True, False]
+    assert found["kept of the letters' tokens, %"].tolist()[2] == 7
+    assert found["kept of the letters' tokens, %"].isna().tolist() == [True, True, False]
 
 
 def test_the_early_loss_leaves_out_the_first_step():
@@ -113,21 +125,30 @@ def test_the_early_loss_leaves_out_the_first_step():
     assert study.early_loss(losses).tolist() == [2, 2]  # steps 2, 3 and 4
 
 
-def test_what_is_kept_of_pages_and_of_digits():
+def test_what_is_kept_of_pages_and_of_letters():
     torch.manual_seed(0)
-    every = ShortReader("all", 72, False, SMALL.width, SMALL.heads, 0)
-    stride = ShortReader("stride", 36, False, SMALL.width, SMALL.heads, 0)
+    every = ShortReader("all", 288, False, SMALL.width, SMALL.heads, 0)
+    stride = ShortReader("stride", 144, False, SMALL.width, SMALL.heads, 0)
     assert study.kept_places(every, TOKENS).all()
-    assert study.kept_of_digits(every, TOKENS, PAGES) == 100
+    assert study.kept_of_letters(every, TOKENS, PAGES) == 100
     kept = study.kept_places(stride, TOKENS)
-    assert kept.shape == (9, 2, 36)
-    assert kept[0, 1].nonzero().flatten().tolist() == list(range(0, 36, 2))
+    assert kept.shape == (9, 4, 72)
+    assert kept[0, 3].nonzero().flatten().tolist() == list(range(0, 72, 2))
     column = PAGES.columns[PAGES.present] // 4
     expected = 100 * (column % 2 == 0).double().mean().item()
-    assert study.kept_of_digits(stride, TOKENS, PAGES) == pytest.approx(expected)
+    assert study.kept_of_letters(stride, TOKENS, PAGES) == pytest.approx(expected)
     reading = study.read_places(every, TOKENS, PAGES)
     scores = every(TOKENS.flatten(1, 2), PAGES.tokens)
     assert torch.equal(reading.answers, scores.argmax(-1))
+
+
+def test_random_tokens_that_are_shown_are_those_that_are_read():
+    torch.manual_seed(0)
+    random = ShortReader("random", 72, False, SMALL.width, SMALL.heads, 0)
+    shown = study.kept_places(random, TOKENS)
+    read = torch.zeros(9, 288, dtype=torch.bool).scatter(1, random.kept(TOKENS.flatten(1, 2)), True)
+    assert torch.equal(shown.flatten(1), read)
+    assert not torch.equal(study.kept_places(random, TOKENS), shown)
 
 
 def test_tokens_of_crops_come_crop_after_crop(monkeypatch):
@@ -183,16 +204,16 @@ def test_scores_stand_at_their_means():
     assert axis.lines[-1].get_color() == COLOURS[0]
 
 
-def test_attention_says_how_much_lies_beyond_the_border():
-    found = torch.zeros(6, 12)
-    found[2, 5], found[2, 6] = 0.7, 0.3
-    axes = draw_attention(PAGES.pixels[0], {"zero init": found}, (2, 5)).axes
+def test_attention_says_how_much_lies_beyond_the_borders():
+    found = torch.zeros(12, 24)
+    found[5, 11], found[5, 12], found[6, 11] = 0.7, 0.2, 0.1
+    axes = draw_attention(PAGES.pixels[0], {"zero init": found}, (5, 11)).axes
     assert "30 %" in axes[1].get_title()
-    assert axes[1].patches[0].get_xy() == (20, 8)
+    assert axes[1].patches[0].get_xy() == (44, 20)
 
 
 def test_early_losses_stand_above_the_start():
-    losses = {"no module": torch.ones(3, 40), "zero init": 1 + torch.arange(40.0).expand(2, -1)}
+    losses = {"no module": torch.ones(2, 40), "zero init": 1 + torch.arange(40.0).expand(2, -1)}
     first, whole = draw_early_losses(losses, "no module", bins=4).axes
     assert first.lines[0].get_ydata().tolist() == [0, 1, 2, 3]
     assert whole.lines[0].get_xdata().tolist() == [5.5, 15.5, 25.5, 35.5]
@@ -200,17 +221,21 @@ def test_early_losses_stand_above_the_start():
 
 
 def test_pages_are_drawn_with_what_was_read():
-    kept = {"all": torch.ones(9, 2, 36, dtype=torch.bool), "none": torch.zeros(9, 2, 36).bool()}
-    two = type(PAGES)(*(part[:2] for part in vars(PAGES).values()))
-    answers = {"all": ["1 2 3", "4"], "none": ["[5]", "·"]}
-    figure = draw_pages(two, {k: v[:2] for k, v in kept.items()}, answers)
-    assert [axis.get_title() for axis in figure.axes] == ["all\n1 2 3", "none\n[5]", "4", "·"]
-    veils = [axis.images[-1].get_array()[..., 3] for axis in figure.axes[:2]]
-    assert (veils[0].max(), veils[1].min()) == (0, 0.85)
+    first = torch.zeros(2, 4, 72, dtype=torch.bool)
+    first[:, 1] = True  # the upper right crop
+    kept = {"all": torch.ones(2, 4, 72, dtype=torch.bool), "one crop": first}
+    answers = {"all": ["one two", "three"], "one crop": ["onE", "x"]}
+    figure = draw_pages(PAGES.chosen(torch.tensor([0, 1])), kept, answers)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["all\none two", "one crop\nonE", "three", "x"]
+    whole, part = (axis.images[-1].get_array()[..., 3] for axis in figure.axes[:2])
+    assert whole.max() == 0
+    assert part[:24, 48:].max() == 0
+    assert part[24:].min() == part[:, :48].min() == 0.85
 
 
 def test_resampler_and_what_is_reported():
-    arms = {"36 similarity + resampler": np.array([1.0, 2, 3]), "18 random": np.array([2.0, 3, 4])}
+    arms = {"144 similarity + resampler": np.array([1.0, 2, 3]), "72 random": np.array([2.0, 3, 4])}
     reported = {"all": 64.8, "similarity": 62.5}
     figure = draw_resampler(arms, np.ones(3), reported, "TextVQA")
     assert diamonds(figure.axes[0]) == [2, 3]

@@ -1,9 +1,10 @@
-"""What is asked of TextMonkey: reading digits that a border cuts, shorter sequences, redundancy of real features."""
+"""What is asked of TextMonkey: reading words that a border cuts, shorter sequences, redundancy of real features."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from reattend.backbones.trained.textmonkey import (
     Setting,
     ShortReader,
 )
-from reattend.data.digit_pages import BORDER, COLUMNS, INNER, ROWS, DigitPages
+from reattend.data.word_pages import COLUMNS, LETTERS, ROWS, WordPages
 from reattend.multimodal_llm.textmonkey import CropGrid, partition, redundant_tokens
 
 TEST_SEED = 99
@@ -36,58 +37,49 @@ SIDE = 168
 
 @dataclass(frozen=True)
 class Reading:
-    """Answers about the digits of test pages.
+    """Answers about the letters of test pages.
 
     Attributes:
-        nll: of the digit at each place, in nats.
-        answers: the likeliest digit.
+        nll: of the letter at each place, in nats.
+        answers: the likeliest letter.
     """
 
-    pages: DigitPages
-    nll: Float[Tensor, "pages 3"]
-    answers: Int[Tensor, "pages 3"]
-
-    def _mean(self, values: Tensor, places: Sequence[int]) -> float:
-        there = self.pages.present[:, places]
-        return values[:, places].double()[there].mean().item()
+    pages: WordPages
+    nll: Float[Tensor, "pages places"]
+    answers: Int[Tensor, "pages places"]
 
     def scores(self) -> dict[str, float]:
-        """Mean negative log-likelihood in nats and accuracy in %: within a crop, across the border, of all digits."""
-        right = 100 * (self.answers == self.pages.digits)
-        kinds = {"inner": INNER, "border": [BORDER], "all": [*INNER, BORDER]}
-        nll = {f"{kind} NLL": self._mean(self.nll, places) for kind, places in kinds.items()}
-        return nll | {f"{kind} %": self._mean(right, places) for kind, places in kinds.items()}
+        """Mean negative log-likelihood in nats and accuracy in %: within a crop, cut by a border, of all letters."""
+        right = 100 * (self.answers == self.pages.letters)
+        kinds = self.pages.kinds
+        nll = {f"{kind} NLL": self.nll[at].double().mean().item() for kind, at in kinds.items()}
+        return nll | {f"{kind} %": right[at].double().mean().item() for kind, at in kinds.items()}
 
-    def lines(self) -> list[str]:
-        """What was read on every page, wrong digits in brackets, a dot where there is none."""
-        right = self.answers == self.pages.digits
-        return [
-            " ".join(
-                f"{digit}" if good else f"[{digit}]" if there else "·"
-                for digit, good, there in zip(*page, strict=True)
+    def read_words(self) -> Iterator[list[str]]:
+        """The words of every page as they were read, wrong letters as capitals."""
+        for words, answers, truth in zip(
+            self.pages.words, self.answers.tolist(), self.pages.letters.tolist(), strict=True
+        ):
+            letters = iter(
+                LETTERS[found] if found == asked else LETTERS[found].upper()
+                for found, asked in zip(answers, truth, strict=True)
             )
-            for page in zip(
-                self.answers.tolist(),
-                (right & self.pages.present).tolist(),
-                self.pages.present.tolist(),
-                strict=True,
-            )
-        ]
+            yield ["".join(islice(letters, len(word))) for word in words]
 
 
-def test_pages(setting: Setting, count: int) -> DigitPages:
-    """Pages that no training has seen, the same for every arm and seed."""
-    return setting.draw(count, Generator().manual_seed(TEST_SEED))
+def test_pages(setting: Setting, count: int) -> WordPages:
+    """Pages of words that no training has seen, the same for every arm and seed."""
+    return setting.draw(count, Generator().manual_seed(TEST_SEED), "test")
 
 
-def _reading(scores: Float[Tensor, "pages 3 digits"], pages: DigitPages) -> Reading:
+def _reading(scores: Float[Tensor, "pages places letters"], pages: WordPages) -> Reading:
     scores = scores.cpu()
-    nll = F.cross_entropy(scores.mT, pages.digits, reduction="none")
+    nll = F.cross_entropy(scores.mT, pages.letters, reduction="none")
     return Reading(pages, nll, scores.argmax(-1))
 
 
 @torch.no_grad()
-def tokens_of(network: PageNetwork, pages: DigitPages) -> Float[Tensor, "pages crops tokens dim"]:
+def tokens_of(network: PageNetwork, pages: WordPages) -> Float[Tensor, "pages crops tokens dim"]:
     """What readers see of pages: the network's tokens."""
     device = network.head.weight.device
     return torch.cat([network.tokens(part.to(device)).cpu() for part in pages.pixels.split(100)])
@@ -95,9 +87,9 @@ def tokens_of(network: PageNetwork, pages: DigitPages) -> Float[Tensor, "pages c
 
 @torch.no_grad()
 def read_tokens(
-    network: PageNetwork, tokens: Float[Tensor, "pages crops tokens dim"], pages: DigitPages
+    network: PageNetwork, tokens: Float[Tensor, "pages crops tokens dim"], pages: WordPages
 ) -> Reading:
-    """The weakest reader: the network's linear head on the one token in the middle of each digit."""
+    """The weakest reader: the network's linear head on the one token in the middle of each letter."""
     scores = network.scores(tokens.to(network.head.weight.device)).cpu()
     places = pages.tokens[..., None].expand(-1, -1, scores.shape[-1])
     return _reading(scores.flatten(1, 2).gather(1, places), pages)
@@ -105,9 +97,9 @@ def read_tokens(
 
 @torch.no_grad()
 def read_places(
-    reader: ShortReader, tokens: Float[Tensor, "pages crops tokens dim"], pages: DigitPages
+    reader: ShortReader, tokens: Float[Tensor, "pages crops tokens dim"], pages: WordPages
 ) -> Reading:
-    """The stronger reader: cross-attention to the tokens of both crops, or to those that are kept of them."""
+    """The stronger reader: cross-attention to the tokens of all crops, or to those that are kept of them."""
     device = reader.reader.head.weight.device
     parts = zip(tokens.flatten(1, 2).split(100), pages.tokens.split(100), strict=True)
     found = [reader(some.to(device), asked.to(device)).cpu() for some, asked in parts]
@@ -115,7 +107,7 @@ def read_places(
 
 
 @torch.no_grad()
-def read_linearly(reader: LinearReader, pages: DigitPages) -> Reading:
+def read_linearly(reader: LinearReader, pages: WordPages) -> Reading:
     """The linear reader of pixels."""
     return _reading(reader(pages.to(reader.read.weight.device)), pages)
 
@@ -134,7 +126,7 @@ class AllRead:
     strong: dict[str, list[dict[str, Reading]]]
 
 
-def read_all(trained: PageModels, pages: DigitPages) -> AllRead:
+def read_all(trained: PageModels, pages: WordPages) -> AllRead:
     """Every network and reader on the same pages; a network's tokens are computed once for all its readers."""
     tokens = {arm: [tokens_of(n, pages) for n in found] for arm, found in trained.networks.items()}
     weak = {
@@ -172,7 +164,7 @@ def shorter_table(scores: pd.DataFrame, kept: Mapping[str, float]) -> pd.DataFra
     """Means over seeds for every reader of a `score_table`: how many tokens, how chosen, NLL, accuracy.
 
     Args:
-        kept: per cent of the digits' tokens that readers keep, for some by name.
+        kept: per cent of the letters' tokens that readers keep, for some by name.
     """
     columns = ["all NLL", "inner NLL", "border NLL", "all %"]
     means = scores.groupby("arm", sort=False)[columns].mean()
@@ -181,7 +173,7 @@ def shorter_table(scores: pd.DataFrame, kept: Mapping[str, float]) -> pd.DataFra
     parts = names.str.split(" ", n=1)
     means.insert(0, "tokens", parts.str[0].where(numbered, ROWS * COLUMNS).astype(int))
     means.insert(1, "choice", parts.str[1].where(numbered, names))
-    means["kept of the digits' tokens, %"] = pd.Series(kept)
+    means["kept of the letters' tokens, %"] = pd.Series(kept)
     return means.reset_index(drop=True)
 
 
@@ -194,17 +186,19 @@ def early_loss(losses: Float[Tensor, "seeds steps"]) -> Float[np.ndarray, " seed
 def kept_places(
     reader: ShortReader, tokens: Float[Tensor, "pages crops tokens dim"]
 ) -> Bool[Tensor, "pages crops tokens"]:
-    """Which tokens of each page a reader keeps."""
+    """Which tokens of each page a reader keeps; random ones are those of its next reading of these pages."""
     flat = tokens.flatten(1, 2)
     found = torch.zeros(flat.shape[:2], dtype=torch.bool)
+    state = reader.generator.get_state()
     found.scatter_(1, reader.kept(flat.to(reader.reader.head.weight.device)).cpu(), True)
+    reader.generator.set_state(state)
     return found.unflatten(1, tokens.shape[1:3])
 
 
-def kept_of_digits(
-    reader: ShortReader, tokens: Float[Tensor, "pages crops tokens dim"], pages: DigitPages
+def kept_of_letters(
+    reader: ShortReader, tokens: Float[Tensor, "pages crops tokens dim"], pages: WordPages
 ) -> float:
-    """Per cent of the tokens at the centres of digits that a reader keeps."""
+    """Per cent of the tokens in the middles of letters that a reader keeps."""
     kept = CROPS.stitch(kept_places(reader, tokens)[..., None].double())
     there = kept.flatten(1).gather(1, pages.tokens)[pages.present]
     return 100 * there.mean().item()
@@ -220,7 +214,7 @@ def first_layers(model: Dinov2Model) -> Dinov2Model:
 
 
 def page_tokens(
-    model: Dinov2Model, pages: UInt8[Tensor, "pages 3 side side"], crops: int, size: int = SIDE
+    model: Dinov2Model, pages: UInt8[Tensor, "pages places side side"], crops: int, size: int = SIDE
 ) -> Float[Tensor, "pages tokens dim"]:
     """Tokens of pages that are cut into crops x crops pieces, each read alone at `size` pixels."""
     grid = CropGrid(crops, crops, pages.shape[-1] // crops, pages.shape[-1] // crops)

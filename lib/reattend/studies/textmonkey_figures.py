@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from reattend.data.digit_pages import HEIGHT, PATCH, WIDTH, DigitPages
+from reattend.backbones.trained.textmonkey import CROPS
+from reattend.data.word_pages import HEIGHT, PATCH, WIDTH, WordPages
 from reattend.evidence.intervals import mean
 from reattend.multimodal_llm.textmonkey import visible_along
 from reattend.plots import BASELINE, COLOURS, REPORTED, mean_curve, mean_point
@@ -46,14 +47,21 @@ def draw_masks(size: int, window: int, shift: int) -> Figure:
     return figure
 
 
+def draw_borders(axis: Axes) -> None:
+    """The borders of the crops of a page of words."""
+    axis.axvline(WIDTH / 2, color=COLOURS[1], lw=1.5)
+    axis.axhline(HEIGHT / 2, color=COLOURS[1], lw=1.5)
+
+
 def show_page(axis: Axes, pixels: Float[Tensor, "height width"], title: str = "") -> None:
-    """A page of digits, ink dark, with its tokens (thin) and the border of its crops (orange)."""
-    axis.imshow(1 - pixels.numpy(), cmap="gray", vmin=0, vmax=1, extent=(0, WIDTH, HEIGHT, 0))
+    """A page of words, ink dark, with its tokens (thin) and the borders of its crops (orange)."""
+    extent = (0, WIDTH, HEIGHT, 0)
+    axis.imshow(1 - pixels.numpy(), "gray", vmin=0, vmax=1, extent=extent, interpolation="nearest")
     for place in range(PATCH, WIDTH, PATCH):
         axis.axvline(place, color="black", lw=0.2, alpha=0.4)
     for place in range(PATCH, HEIGHT, PATCH):
         axis.axhline(place, color="black", lw=0.2, alpha=0.4)
-    axis.axvline(WIDTH / 2, color=COLOURS[1], lw=1.5)
+    draw_borders(axis)
     axis.set_title(title, fontsize=8)
     axis.axis("off")
 
@@ -65,13 +73,15 @@ def draw_attention(
 ) -> Figure:
     """A page, and how much its framed token reads of every other, by module (means over heads)."""
     figure, axes = plt.subplots(1, 1 + len(weights), figsize=(3.2 * (1 + len(weights)), 2.2))
-    show_page(axes[0], pixels, "page, tokens, border of the crops")
+    show_page(axes[0], pixels, "page, tokens, borders of the crops")
     row, column = token
+    crop = ((row, CROPS.height), (column, CROPS.width))
     for axis, (name, found) in zip(axes[1:], weights.items(), strict=True):
         axis.imshow(found.numpy(), cmap="Blues", vmin=0, extent=(0, WIDTH, HEIGHT, 0))
-        axis.axvline(WIDTH / 2, color=COLOURS[1], lw=1.5)
-        beyond = 100 * found[:, found.shape[1] // 2 :].sum().item()
-        axis.set_title(f"{name}: {beyond:.0f} % beyond the border", fontsize=8)
+        draw_borders(axis)
+        own = (slice(n // size * size, (n // size + 1) * size) for n, size in crop)
+        beyond = 100 * (found.sum() - found[tuple(own)].sum()).item()
+        axis.set_title(f"{name}: {beyond:.0f} % beyond the borders", fontsize=8)
         axis.axis("off")
     for axis in axes:
         corner = (PATCH * column, PATCH * row)
@@ -81,17 +91,17 @@ def draw_attention(
 
 def colour_of(arm: str) -> str:
     """The method blue, placebos orange, other starts green, what is without a module grey."""
-    if arm in ("shift 0", "random", "stride"):
+    if arm in ("shift 0", "random", "stride", "kept alone"):
         return COLOURS[1]
-    if arm in ("default init", "zero scale", "learned queries", "unsorted"):
+    if arm in ("default init", "learned queries", "by slot", "unsorted"):
         return COLOURS[2]
     if arm in ("zero init", "similarity"):
         return COLOURS[0]
     return BASELINE
 
 
-def draw_scores(panels: Mapping[str, Points], label: str = "NLL of a digit, nats") -> Figure:
-    """A panel for each kind of reader and digit: every arm's seeds, their mean and its 95 % interval.
+def draw_scores(panels: Mapping[str, Points], label: str = "NLL of a letter, nats") -> Figure:
+    """A panel for each kind of reader and letter: every arm's seeds, their mean and its 95 % interval.
 
     Args:
         panels: title -> arm -> seeds.
@@ -113,19 +123,15 @@ def draw_scores(panels: Mapping[str, Points], label: str = "NLL of a digit, nats
 def draw_early_losses(
     losses: Mapping[str, Float[Tensor, "seeds steps"]], start: str, bins: int = 20
 ) -> Figure:
-    """Training loss of arms above that of `start` on the same pages: the first tenth of the steps, and all in bins.
-
-    An arm may have fewer seeds than `start`, its first.
-    """
+    """Training loss of arms above that of `start` on the same pages: the first tenth of the steps, and all in bins."""
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
     for arm in (arm for arm in losses if arm != start):
-        above = (losses[arm].double() - losses[start][: len(losses[arm])].double()).numpy()
-        style = "--" if arm == "zero scale" else "-"
+        above = (losses[arm].double() - losses[start].double()).numpy()
         for axis, last in zip(axes, (max(2, above.shape[1] // 10), above.shape[1]), strict=True):
             size = max(1, last // bins)
             binned = above[:, : last // size * size].reshape(len(above), -1, size).mean(-1)
             places = size * np.arange(binned.shape[1]) + (size + 1) / 2
-            mean_curve(axis, places, binned, colour_of(arm), arm, style)
+            mean_curve(axis, places, binned, colour_of(arm), arm)
     for axis, title in zip(axes, ("the first tenth", "all steps, means of bins"), strict=True):
         axis.axhline(0, color=BASELINE, lw=1)
         axis.set(xlabel="step", title=title)
@@ -135,11 +141,11 @@ def draw_early_losses(
 
 
 def draw_pages(
-    pages: DigitPages,
+    pages: WordPages,
     kept: Mapping[str, Bool[Tensor, "pages crops tokens"]],
     answers: Mapping[str, Sequence[str]],
 ) -> Figure:
-    """Pages by row, arms by column: what is dropped is faded, and over it what was read, wrong digits in brackets.
+    """Pages by row, arms by column: what is dropped is faded, and over it what was read, wrong letters as capitals.
 
     Args:
         kept: arm -> tokens that it keeps.
@@ -149,8 +155,8 @@ def draw_pages(
     figure, axes = plt.subplots(count, len(kept), figsize=(2.6 * len(kept), 1.65 * count))
     for row, line in enumerate(np.atleast_2d(axes)):
         for axis, (arm, places) in zip(line, kept.items(), strict=True):
-            crops = places[row].view(places.shape[1], HEIGHT // PATCH, -1)
-            shown = np.concatenate(list(crops.numpy()), 1).repeat(PATCH, 0).repeat(PATCH, 1)
+            page = CROPS.stitch(places[row : row + 1, ..., None].float())[0, :, :, 0].numpy() > 0
+            shown = page.repeat(PATCH, 0).repeat(PATCH, 1)
             title = (f"{arm}\n" if row == 0 else "") + answers[arm][row]
             show_page(axis, pages.pixels[row], title)
             veil = np.zeros((*shown.shape, 4))
@@ -179,12 +185,12 @@ def draw_resampler(
         mean_point(axes[0], values, place, colour_of(name.split(" + ")[0]))
     axes[0].axvline(mean(everything).effect, color="black", ls=":", lw=1)
     axes[0].set_yticks(range(len(arms)), list(arms))
-    axes[0].set(xlabel="NLL of a digit, nats", xscale="log")
+    axes[0].set(xlabel="NLL of a letter, nats", xscale="log")
     low, high = axes[0].get_xlim()
     ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if low <= tick <= high]
     axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0].minorticks_off()
-    axes[0].set_title("here, of 72 tokens (dotted: all)", fontsize=9)
+    axes[0].set_title("here, of 288 tokens (dotted: all)", fontsize=9)
     axes[1].barh(range(len(reported)), list(reported.values()), color=REPORTED)
     axes[1].set_yticks(range(len(reported)), list(reported))
     axes[1].set(xlabel=f"{benchmark}, %", xlim=(0.9 * min(reported.values()), None))
