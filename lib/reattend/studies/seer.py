@@ -1,136 +1,182 @@
-"""Gates distilled from a frozen model, methods of equal density beside them, and what each covers and costs."""
+"""Trained gates, methods that compute equally many blocks beside them, and what each covers and costs."""
 
 from __future__ import annotations
 
+import copy
 import itertools
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from reattend.attention.baselines.block_topk import BlockTopK, exact_block_mass
+from reattend.attention.baselines.block_topk import BlockTopK, OracleTopK, exact_block_mass
 from reattend.attention.baselines.streaming_llm import StreamingLLM
-from reattend.attention.baselines.vertical_slash import (
-    VerticalSlash,
-    last_weights,
-    vertical_slash_blocks,
-    vertical_slash_mass,
-)
+from reattend.attention.baselines.vertical_slash import last_weights, vertical_slash_mass
 from reattend.attention.blocks import block_count, density, top_k_blocks
 from reattend.attention.host import attach
 from reattend.attention.method import AttentionMethod, BlockSparseMethod
+from reattend.backbones.trained.seer_attention import (
+    THINNED,
+    Trained,
+    kept,
+    map_correlation,
+    rows_blocks,
+)
 from reattend.data.long_tasks import position_nll
 from reattend.data.needles import NeedleSample
 from reattend.long_context.seer_attention import (
     AttentionGates,
-    Distillation,
-    Example,
     SeerAttention,
-    distillation_loss,
+    truth_map,
     unrotate,
 )
 from reattend.studies.prefill import Capture, RandomLike
-from reattend.training.loop import TrainingPlan, train
 
-EVERY = 4  # essays are scored at every fourth token
+EVERY = 4  # prose is scored at every fourth token
 HEURISTICS = ("block top-k", "StreamingLLM", "vertical-slash")
 LAST_QUERIES = 64  # that rank the lines of vertical-slash
+COLUMN_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # of its lines, tried for every head
+STRETCHED = "stretched positions"
+ARMS = {
+    "gates": "gates",
+    "other seed": "other",
+    "half the steps": "half",
+    "no positions": "unplaced",
+}
 
 
-def kept(share: float, blocks: int) -> int:
-    """Blocks of each row whose measured density is nearest to `share`."""
-    counts = np.arange(1, blocks + 1)
-    return int(counts[np.abs(rows_density(counts, blocks) - share).argmin()])
+def stretched(gates: AttentionGates, factor: float) -> AttentionGates:
+    """The same gates with the position of every block multiplied by `factor`.
+
+    With training length / length they see every text as if it were as long as those of the training.
+    """
+    twin = copy.deepcopy(gates)
+    twin.inv_freq = factor * gates.inv_freq
+    return twin
 
 
-def rows_density(k: int | np.ndarray, blocks: int) -> float | np.ndarray:
-    """Share of the causal blocks when each row keeps `k`: k(k+1)/2 + (n-k)k of n(n+1)/2."""
-    return (k * (k + 1) / 2 + (blocks - k) * k) / (blocks * (blocks + 1) / 2)
+def line_order(
+    columns: Float[Tensor, "batch heads blocks"],
+    diagonals: Float[Tensor, "batch heads blocks"],
+    share: Float[Tensor, " heads"],
+) -> Float[Tensor, "batch heads blocks blocks"]:
+    """When vertical-slash takes each block if lines come one after the other; inf in the future.
+
+    Columns and diagonals are ranked by their mass, r = 0, 1, 2, ..., the first column and the main
+    diagonal before all. Of the lines a share s are columns, so that the column of rank r comes at r / s
+    and the diagonal of rank r at r / (1 - s), and a block with the first of its two lines:
+
+        T_ij = min(r_j / s, r'_(i-j) / (1 - s))
+    """
+    blocks = columns.shape[-1]
+
+    def ranks(mass: Tensor) -> Tensor:
+        first = F.pad(mass[..., 1:], (1, 0), value=torch.inf)
+        return first.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).double()
+
+    place = torch.arange(blocks, device=columns.device)
+    distance = place[:, None] - place
+    by_column = ranks(columns) / share[:, None]
+    by_diagonal = (ranks(diagonals) / (1 - share[:, None]))[..., distance.clamp_min(0)]
+    return torch.minimum(by_column[..., None, :], by_diagonal).masked_fill(distance < 0, torch.inf)
+
+
+def earliest(
+    order: Float[Tensor, "batch heads blocks blocks"], count: int
+) -> Bool[Tensor, "batch heads blocks blocks"]:
+    """The `count` blocks that come first; of a line that does not fit whole, its lowest rows."""
+    late = torch.arange(order.shape[-2] - 1, -1, -1, device=order.device, dtype=order.dtype)
+    ranked = (order + 1e-6 * late[:, None]).flatten(-2)
+    first = ranked.topk(count, dim=-1, largest=False).indices
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, first, True).view(order.shape)
+
+
+class EqualVerticalSlash(BlockSparseMethod):
+    """Vertical-slash with exactly as many blocks in every head as k a row are.
+
+    The pattern of MInference for whole prompts: the last queries rank columns and diagonals of blocks.
+    """
+
+    def __init__(self, k: int, shares: Mapping[int, Float[Tensor, " heads"]], block_size: int):
+        """
+        Args:
+            shares: of the columns among the lines of each head, by layer.
+        """
+        super().__init__(block_size=block_size)
+        self.k, self.shares = k, shares
+
+    def select(
+        self,
+        query: Float[Tensor, "batch query_heads queries dim"],
+        key: Float[Tensor, "batch key_heads keys dim"],
+        *,
+        scale: float,
+        layer: int,
+    ) -> Bool[Tensor, "batch query_heads blocks blocks"]:
+        weights = last_weights(query, key, LAST_QUERIES, scale)
+        masses = vertical_slash_mass(weights, self.block_size)
+        order = line_order(*masses, self.shares[layer])
+        return earliest(order, rows_blocks(self.k, order.shape[-1]))
 
 
 @dataclass
 class GatedModel:
-    """A frozen model, the gates that were distilled from it, and methods of equal density.
+    """A frozen model, gates that were distilled from it, and methods of as many blocks.
 
     Attributes:
-        trained: gates of all layers, by seed.
-        unplaced: gates of the layers `thinned`, trained without the rotary embedding of the blocks.
-        budgets: columns and diagonals of vertical-slash, by density.
+        shares: of the columns among the lines of vertical-slash, [heads], by density and layer.
     """
 
     model: nn.Module
-    block_size: int
-    thinned: Sequence[int]
-    trained: list[AttentionGates] = field(default_factory=list)
-    unplaced: list[AttentionGates] = field(default_factory=list)
-    budgets: dict[float, tuple[int, int]] = field(default_factory=dict)
+    trained: Trained
+    shares: dict[float, dict[int, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rotary = self.model.model.rotary_emb
         self.inv_freq, self.scaling = rotary.inv_freq, rotary.attention_scaling
-        self.reference = self.new_gates(0)  # says how to pool
+        self.block_size = self.trained.setting.block_size
 
-    def new_gates(self, seed: int, positions: bool = True) -> AttentionGates:
-        """Untrained gates of all layers, or of the thinned ones without positions."""
-        torch.manual_seed(seed)
-        config = self.model.config
-        gates = AttentionGates(
-            layers=config.num_hidden_layers if positions else len(self.thinned),
-            query_heads=config.num_attention_heads,
-            key_heads=config.num_key_value_heads,
-            dim=2 * len(self.inv_freq),
-            block_size=self.block_size,
-            rotary_base=config.rope_parameters["rope_theta"] if positions else None,
-        )
-        return gates.to(self.model.device)
+    def gates(self, name: str, length: int) -> AttentionGates:
+        """Gates by name, for prompts of a length."""
+        if name == STRETCHED:
+            return stretched(self.trained.gates["gates"], self.trained.setting.tokens / length)
+        return self.trained.gates[ARMS[name]]
 
     @torch.no_grad()
-    def collect(self, tokens: Int[Tensor, " length"]) -> Example:
-        """Pooled vectors and truth of one sequence, all layers."""
-        collector = Distillation(self.reference, self.inv_freq, rotary_scaling=self.scaling)
-        with attach(self.model, collector):
+    def set_lines(self, tokens: Int[Tensor, " length"], densities: Iterable[float]) -> None:
+        """Gives every head the division into columns and diagonals that covers most attention of one text."""
+        with attach(self.model, Capture()) as captured:
             self.model(tokens[None].to(self.model.device), logits_to_keep=1)
-        return collector.example()
-
-    def thin(self, example: Example) -> Example:
-        """The thinned layers of an example."""
-        return Example(*(part[:, list(self.thinned)] for part in example))
-
-    @torch.no_grad()
-    def set_budgets(
-        self, tokens: Int[Tensor, " length"], shares: Iterable[float], stride: int
-    ) -> None:
-        """Gives vertical-slash the smallest budget of at least each density on one text."""
-        with attach(self.model, Capture(stride)) as captured:
-            self.model(tokens[None].to(self.model.device), logits_to_keep=1)
-        masses, maps = [], []
-        for q, k, s in captured.seen.values():
-            weights = last_weights(q, k, LAST_QUERIES, s)
-            masses.append(vertical_slash_mass(weights, self.block_size))
-            maps.append(exact_block_mass(q, k, self.block_size, s))
-        joined = [torch.cat(x, dim=1) for x in zip(*masses, strict=True)], torch.cat(maps, dim=1)
-        blocks = block_count(len(tokens), self.block_size)
-        for share in shares:
-            self.budgets[share] = covering(*joined, rows_density(kept(share, blocks), blocks))
+        for layer, (query, key, scale) in captured.seen.items():
+            masses = vertical_slash_mass(
+                last_weights(query, key, LAST_QUERIES, scale), self.block_size
+            )
+            truth = exact_block_mass(query, key, self.block_size, scale)
+            tried = torch.tensor(COLUMN_SHARES, device=query.device).double()
+            orders = [line_order(*masses, share.expand(query.shape[1])) for share in tried]
+            for d in densities:
+                count = rows_blocks(kept(d, truth.shape[-1]), truth.shape[-1])
+                covered = [(truth * earliest(order, count)).sum((0, -2, -1)) for order in orders]
+                best = torch.stack(covered).argmax(dim=0)
+                self.shares.setdefault(d, {})[layer] = tried[best]
 
     def build(self, name: str, share: float, length: int, seed: int = 0) -> BlockSparseMethod:
-        """A method at one density for prompts of a length; gates, or random blocks, of a seed."""
+        """A method at one density for prompts of a length; random blocks of a seed."""
         k, size = kept(share, block_count(length, self.block_size)), self.block_size
-        if name == "gates":
-            gates = self.trained[seed]
+        if name in ("gates", STRETCHED):
             scaling = {"inv_freq": self.inv_freq, "rotary_scaling": self.scaling}
-            return SeerAttention(gates=gates, k=k, **scaling)
+            return SeerAttention(gates=self.gates(name, length), k=k, **scaling)
         if name == "vertical-slash":
-            lines = dict(zip(("verticals", "slashes"), self.budgets[share], strict=True))
-            return VerticalSlash(**lines, last_queries=LAST_QUERIES, block_size=size)
+            return EqualVerticalSlash(k, self.shares[share], size)
         if name == "StreamingLLM":
             return StreamingLLM(sink=size, window=max(k - 1, 1) * size, block_size=size)
+        if name == "best possible":
+            return OracleTopK(k=k, block_size=size)
         top = BlockTopK(k=k, sink=1, block_size=size)
         return top if name == "block top-k" else RandomLike(top, seed)
 
@@ -140,25 +186,32 @@ class GatedModel:
         captured: Capture,
         length: int,
         shares: Iterable[float],
-        seed: int,
-        stride: int,
-        heuristics: Sequence[str] = (),
+        arms: Sequence[str],
+        others: Sequence[str] = ("random",),
     ) -> list[dict]:
         """Recall (%) of attention mass and measured density of every method on one text, cut to a length.
 
         A dense pass over a text is, cut short, a dense pass over its beginning: attention is causal.
+
+        Args:
+            captured: every fifth layer, those that all gates have.
+            arms: the gates, by name.
+            others: heuristics and random blocks.
         """
         found: dict[tuple, list] = {}
         blocks = block_count(length, self.block_size)
-        for layer in (n for n in captured.seen if n % stride == 0):
-            query, key, scale = captured.seen[layer]
-            query, key = query[:, :, :length], key[:, :, :length]
+        gates = {name: self.gates(name, length) for name in arms}
+        for layer in captured.seen:
+            query, key, scale = self._cut(captured, layer, length)
             mass = exact_block_mass(query, key, self.block_size, scale) / length
-            scores = {"best possible": mass, **self._gate_scores(query, key, layer, seed)}
+            scores = {"best possible": mass}
+            for name, one in gates.items():
+                place = layer if name in ("gates", STRETCHED) else layer // THINNED
+                scores[name] = self._scores(one, query, key, place)
             for share in shares:
                 k = kept(share, blocks)
                 chosen = {n: top_k_blocks(x, k, diagonal=False) for n, x in scores.items()}
-                for name in ("random", *heuristics):
+                for name in others:
                     method = self.build(name, share, length)
                     chosen[name] = method.block_mask(query, key, scale=scale, layer=layer)
                 for name, mask in chosen.items():
@@ -173,75 +226,41 @@ class GatedModel:
             rows.append(row | {"measured": measured})
         return rows
 
-    def _gate_scores(self, query: Tensor, key: Tensor, layer: int, seed: int) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def follows(
+        self, captured: Capture, length: int, shares: Iterable[float], seed: int
+    ) -> tuple[float, float]:
+        """How well the gates follow what they learn on one text: their choice, and their map.
+
+        Returns:
+            How far they go from random blocks to the k best ones of each row of the map M that they
+            learn, in the mass of M on them, as a share, mean over the densities; and the correlation of
+            their map with M, mean over heads. Both over the captured layers.
+        """
+        correlations, masses = [], []
+        for layer in captured.seen:
+            query, key, scale = self._cut(captured, layer, length)
+            scores = self._scores(self.gates("gates", length), query, key, layer)
+            truth = truth_map(query, key, self.block_size, scale)
+            correlations.append(map_correlation(scores.softmax(-1), truth))
+            for share in shares:
+                k = kept(share, truth.shape[-1])
+                chosen = [top_k_blocks(x, k, diagonal=False) for x in (scores, truth)]
+                luck = self.build("random", share, length, seed)
+                chosen.append(luck.block_mask(query, key, scale=scale, layer=layer))
+                masses.append([(truth * mask).sum().item() for mask in chosen])
+        ours, best, luck = np.array(masses).reshape(len(correlations), -1, 3).sum(axis=0).T
+        return float(np.mean((ours - luck) / (best - luck))), float(np.mean(correlations))
+
+    def _cut(self, captured: Capture, layer: int, length: int) -> tuple[Tensor, Tensor, float]:
+        query, key, scale = captured.seen[layer]
+        return query[:, :, :length], key[:, :, :length], scale
+
+    def _scores(self, gates: AttentionGates, query: Tensor, key: Tensor, place: int) -> Tensor:
+        """The map of the gates' layer `place`, from vectors after the rotary embedding."""
         before = [unrotate(x, 0, self.inv_freq, self.scaling) for x in (query, key)]
-        pooled = [
-            self.reference.pool_queries(before[0])[:, None],
-            self.reference.pool_keys(before[1])[:, None],
-        ]
-        scores = {"gates": self.trained[seed](*pooled, layers=slice(layer, layer + 1))[:, 0]}
-        if layer in self.thinned:
-            place = list(self.thinned).index(layer)
-            gates = self.unplaced[seed % len(self.unplaced)]
-            scores["no positions"] = gates(*pooled, layers=slice(place, place + 1))[:, 0]
-        return scores
-
-
-def covering(
-    masses: Sequence[Float[Tensor, "batch heads blocks"]],
-    maps: Float[Tensor, "batch heads rows columns"],
-    target: float,
-) -> tuple[int, int]:
-    """Numbers (verticals, slashes) of at least a density that cover most attention mass of one text.
-
-    Args:
-        masses: of columns and of diagonals of blocks, which rank them.
-        maps: attention mass of every block.
-    """
-
-    def best(mass: Tensor, count: int) -> Tensor:
-        first = F.pad(mass[..., 1:], (1, 0), value=torch.inf)
-        return first.argsort(dim=-1, descending=True).argsort(dim=-1) < count
-
-    found, blocks = {}, maps.shape[-1]
-    for share in (0.1, 0.25, 0.5, 0.75, 0.9):
-        for size in range(2, 2 * blocks + 1):
-            columns = min(max(1, round(share * size)), size - 1)
-            lines = best(masses[0], columns), best(masses[1], size - columns)
-            selected = vertical_slash_blocks(*lines, blocks)
-            if density(selected).mean() >= target:
-                found[columns, size - columns] = (maps * selected).sum().item()
-                break
-    return max(found, key=found.get)
-
-
-def gate_loss(gates: AttentionGates, example: Example) -> Tensor:
-    """The paper's loss: 10 times the divergence from the truth."""
-    return 10 * distillation_loss(gates(*example[:2]), example.truth)
-
-
-@torch.no_grad()
-def found_blocks(gates: AttentionGates, example: Example, k: int) -> float:
-    """Share of the truth's k best blocks of each row that the gates select too."""
-    maps = gates(*example[:2]), example.truth
-    ours, best = (top_k_blocks(x.flatten(1, 2), k, diagonal=False)[..., k:, :] for x in maps)
-    return ((ours & best).sum() / best.sum()).item()
-
-
-def distil(
-    gates: AttentionGates,
-    examples: Sequence[Example],
-    plan: TrainingPlan,
-    seed: int,
-    after_step: Callable[[int], None] = lambda step: None,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> list[float]:
-    """Trains gates on the examples, one a step, in an order of their own; the loss of every step."""
-    order = random.Random(seed)
-    shuffled = (x for _ in itertools.count() for x in order.sample(examples, len(examples)))
-    log = train(gates, shuffled, gate_loss, plan, after_step=after_step, progress=progress)
-    gates.requires_grad_(False)
-    return log.losses
+        pooled = gates.pool_queries(before[0])[:, None], gates.pool_keys(before[1])[:, None]
+        return gates(*pooled, layers=slice(place, place + 1))[:, 0]
 
 
 @dataclass(frozen=True)

@@ -101,48 +101,46 @@ def draw_density(
     return fig
 
 
-def draw_lengths(behind: pd.DataFrame, shares: Sequence[float], trained_at: int) -> Figure:
-    """How far recall stays behind the best possible, by length; thin lines are texts.
+def draw_lengths(way: pd.DataFrame, shares: Sequence[float], trained_at: int) -> Figure:
+    """How far gates go from random blocks to the best possible, by length; thin lines are texts.
 
     Args:
-        behind: points, columns are methods; index (text, density, length).
+        way: shares, columns are methods; index (text, density, length).
     """
     fig, axes = plt.subplots(1, len(shares), figsize=(11, 3.7), sharey=True)
     for axis, share in zip(axes, shares, strict=True):
-        for number, name in enumerate(behind.columns):
-            cell = behind.xs(share, level="density")[name].unstack("length")
+        for number, name in enumerate(way.columns):
+            cell = way.xs(share, level="density")[name].unstack("length")
             axis.plot(cell.columns, cell.T, color=COLOURS[number], lw=0.7, alpha=0.4)
             y = np.array([interval(cell[length]) for length in cell.columns])
             style = {"color": COLOURS[number], "fmt": "o-", "capsize": 3, "label": name}
             axis.errorbar(cell.columns, y[:, 0], y[:, 1:].T, **style)
         axis.axvline(trained_at, color=BASELINE, ls=":", lw=1)
-        axis.set(title=f"density {share}", xlabel="tokens", xscale="log", ylim=(0, None))
+        axis.axhline(0, color=BASELINE, lw=0.8)
+        axis.set(title=f"density {share}", xlabel="tokens", xscale="log")
         axis.set_xticks(cell.columns, [str(length) for length in cell.columns])
         axis.minorticks_off()
-    axes[0].set_ylabel("recall behind the best possible, points")
+    axes[0].set_ylabel("share of the way from random to best")
     axes[0].legend()
     return fig
 
 
 def draw_training(
-    losses: Sequence[Sequence[float]], watched: pd.DataFrame, shares: Sequence[float]
+    losses: Sequence[float], watched: pd.DataFrame, shares: Sequence[float]
 ) -> Figure:
-    """Loss, and share of the true best blocks that are found, by step; one line a seed.
+    """Loss, and share of the true best blocks that are found, by step.
 
     Args:
-        watched: rows with "seed", "step", "loss" and one column a density.
+        losses: of every step.
+        watched: rows with "step", "loss" and one column a density, on a document kept out.
     """
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.7))
-    for seed, values in enumerate(losses):
-        mine, steps = watched[watched.seed == seed], range(1, len(values) + 1)
-        named = {} if seed else {"label": "training"}
-        axes[0].plot(steps, values, color=COLOURS[0], lw=0.8, alpha=0.6, **named)
-        named = {} if seed else {"label": "validation"}
-        axes[0].plot(mine["step"], mine["loss"], "o-", color=COLOURS[1], ms=3, **named)
-        for number, share in enumerate(shares):
-            named = {} if seed else {"label": f"density {share}"}
-            style = {"color": COLOURS[2 + number], "ms": 3}
-            axes[1].plot(mine["step"], 100 * mine[share], "o-", **style, **named)
+    style = {"color": COLOURS[0], "lw": 0.8, "alpha": 0.6, "label": "trained on"}
+    axes[0].plot(range(1, len(losses) + 1), losses, **style)
+    axes[0].plot(watched["step"], watched["loss"], "o-", color=COLOURS[1], ms=3, label="kept out")
+    for number, share in enumerate(shares):
+        style = {"color": COLOURS[2 + number], "ms": 3, "label": f"density {share}"}
+        axes[1].plot(watched["step"], 100 * watched[f"{share:g}"], "o-", **style)
     axes[0].set(xlabel="step", ylabel="distillation loss", yscale="log")
     for formatted in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
         formatted("{x:g}")
