@@ -40,6 +40,23 @@ def test_the_same_seed_gives_the_same_rows():
     assert torch.equal(first[1], second[1])
 
 
+def test_logits_at_some_places_are_the_models_with_its_gradients():
+    torch.manual_seed(0)
+    model = small_llamas.untrained(16).double()
+    tokens = torch.randint(VOCABULARY, (3, 21), generator=torch.Generator().manual_seed(5))
+    places = torch.tensor([0, 7, 19, 20])
+    up = torch.randn(3, 4, VOCABULARY, generator=torch.Generator().manual_seed(6)).double()
+    found = []
+    for logits in (
+        small_llamas.logits_at(model, tokens, places),
+        model(tokens).logits[:, places],
+    ):
+        gradients = torch.autograd.grad((logits * up).sum(), list(model.parameters()))
+        found.append([logits, *gradients])
+    for ours, whole in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, atol=1e-9, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("facts", "asked"), [(0, 1), (KEYS + 1, 1), (40, 1), (4, 0)])
 def test_facts_that_do_not_fit_are_refused(facts, asked):
     with pytest.raises(ValueError, match="facts fit"):

@@ -40,6 +40,7 @@ SHAPES = [  # batch, query heads, key heads, queries, keys
     pytest.param(1, 2, 2, 64, 64, id="square"),
     pytest.param(2, 6, 2, 61, 61, id="odd-gqa"),
     pytest.param(1, 4, 1, 23, 75, id="chunk-behind-cache"),
+    pytest.param(1, 2, 1, 150, 190, id="rows-in-parts"),
 ]
 SCALE = 0.25
 SMALL = {"last_queries": 16, "sink": 2, "local": 4}

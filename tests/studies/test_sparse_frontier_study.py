@@ -14,8 +14,11 @@ from reattend.attention.method import AttentionMethod
 from reattend.data.needles import NeedleSample
 from reattend.long_context.sparse_frontier import VerticalSlashTokens, line_density
 from reattend.studies.sparse_frontier import (
+    DECODE,
     Answers,
     Calibration,
+    Draws,
+    Exchange,
     LawCells,
     RandomEntries,
     RandomLines,
@@ -23,11 +26,13 @@ from reattend.studies.sparse_frontier import (
     Sizes,
     answers_to,
     decoders,
+    exchange_scores,
     exchanges,
     largest,
     limits_table,
     mean_loss,
     methods_table,
+    nearly_every_worst,
     quick_to_read,
     relative_loss,
     shortened,
@@ -74,6 +79,33 @@ def test_random_entries_and_pages_read_as_much_as_their_methods(model, answers):
     np.testing.assert_allclose(densities["random entries"], densities["SnapKV"])
     np.testing.assert_allclose(densities["random pages"], densities["Quest"])
     assert densities["SnapKV"][0] == pytest.approx(28 / 70, abs=0.05)
+
+
+def test_draws_are_answered_where_a_test_asks():
+    draws = Draws(70, {50: 4, 70: 8, 90: 2}, {2.0: 4, 5.0: 2}, {2.0: 8, 5.0: 4, 10.0: 4}, 2.0, 5.0)
+    cells = [("Vertical-Slash", 2.0), ("Vertical-Slash", 5.0), ("random lines", 2.0)]
+    readers = [(name, c, AttentionMethod()) for name, c in cells]
+    methods = {c: decoders(70, c, SIZES, seed=0) for c in draws.written}
+
+    def names(length, first):
+        arms = draws.arms(length, first, readers, methods)
+        return sorted(f"{name} {c:g}" for name, c, _ in arms)
+
+    written = [f"{name} {c}" for name in DECODE for c in (2, 5, 10)]
+    chance = [f"random {what} {c}" for what in ("entries", "pages") for c in (2, 5)]
+    read = ["Vertical-Slash 2", "Vertical-Slash 5", "random lines 2"]
+    assert names(70, 0) == sorted(["dense 1", *written, *chance, *read])
+    # The placebos at 5 go with the fewest draws of a length, those at 2 with the prefill methods.
+    assert names(70, 2) == sorted(
+        ["dense 1", *written, *chance[::2], "Vertical-Slash 2", "random lines 2"]
+    )
+    assert names(70, 4) == ["Ada-SnapKV 2", "Quest 2", "SnapKV 2", "dense 1"]
+    elsewhere = ["Quest 5", "SnapKV 5", "dense 1"]
+    assert names(90, 0) == sorted([*elsewhere, "random entries 5", "random pages 5"])
+    assert names(50, 2) == elsewhere
+    assert str(draws) == "prompts of a task: prefill 4 at 1/2, 2 at 1/5; " + (
+        "decoding 8 at 1/2, 4 at 1/5, 4 at 1/10"
+    )
 
 
 def test_random_pages_are_drawn_anew_with_the_current_one():
@@ -262,17 +294,57 @@ def test_a_larger_model_gets_the_largest_budget_that_the_smaller_ones_cost_allow
     costs |= {(64, 1.0): 90.0, (64, 2.0): 50.0, (64, 5.0): 31.0}
     rows = [("Vertical-Slash", w, 128, c, cost) for (w, c), cost in costs.items()]
     rows += [("Quest", w, 128, c, 1.0) for w, c in costs]
+    rows += [("Vertical-Slash", w, 64, c, 1.0) for w, c in costs]
     small = pd.DataFrame(rows, columns=["method", "width", "length", "compression", "cost"])
-    scores = {("Vertical-Slash", w, 128, c): np.full(3, w + 0.1 * c) for w, c in costs}
-    arrays, affordable = exchanges(small, scores, [(16, 32), (32, 64)], 128)
-    assert affordable == {(16, 32): [2.0, 5.0], (32, 64): []}
-    assert arrays["32 for 16"].tolist() == pytest.approx([32.2] * 3)
-    assert arrays["64 for 32"].tolist() == [0, 0, 0]
-    assert arrays["64 dense"].tolist() == pytest.approx([64.1] * 3)
-    assert {name for name in arrays if " at " in name} == {
-        "16 at 1",
-        "16 at 2",
-        "32 at 1",
-        "32 at 2",
-        "32 at 5",
+    cheap, dear = exchanges(small, 128)
+    assert (cheap.smaller, cheap.larger, dear.smaller, dear.larger) == (16, 32, 32, 64)
+    assert cheap.affordable
+    assert cheap.compression == 2.0  # the larger one at as much as the smaller one costs
+    assert cheap.offered == ((16, 1.0), (16, 2.0), (32, 2.0), (32, 5.0))
+    assert not dear.affordable
+    assert dear.compression == 5.0  # none is cheap enough: the sparsest
+    assert dear.offered == ((32, 1.0), (32, 2.0), (32, 5.0))
+
+
+def test_what_is_best_is_chosen_on_prompts_apart():
+    exchange = Exchange(128, 16, 32, 5.0, True, ((16, 1.0), (16, 2.0), (16, 3.0), (32, 5.0)))
+    means = {(16, 1.0): 0.5, (16, 2.0): 0.9, (16, 3.0): 0.6, (32, 1.0): 0.8, (32, 5.0): 0.7}
+    scores = {("Vertical-Slash", w, 128, c): np.full(4, s) for (w, c), s in means.items()}
+    chance = {("random lines", 32, 128, 5.0): np.full(4, 0.2)}
+    apart = {key: value[:2] for key, value in scores.items()}
+    apart["Vertical-Slash", 16, 128, 2.0] = np.zeros(
+        2
+    )  # the best by luck, which other prompts do not know
+    made = exchange_scores(exchange, scores | chance, apart)
+    assert {name: values.mean().round(6) for name, values in made.items()} == {
+        "smaller, dense": 0.5,
+        "larger, dense": 0.8,
+        "larger, sparse": 0.7,
+        "smaller, best": 0.6,
+        "best sparse": 0.7,
+        "larger, random lines": 0.2,
     }
+    assert "larger, random lines" not in exchange_scores(exchange, scores, apart)
+
+
+def test_small_llamas_are_read_with_random_lines_of_the_same_density(model):
+    given = {32: model}, 64, [2.0, 5.0], 3, 4, 8
+    plain, without = small_llamas_at(*given, seed=0)
+    rows, scores = small_llamas_at(*given, seed=0, placebo=True)
+    pd.testing.assert_frame_equal(rows, plain)
+    chance = {key for key in scores if key[0] == "random lines"}
+    assert chance == {("random lines", 32, 64, 2.0), ("random lines", 32, 64, 5.0)}
+    assert set(scores) - chance == set(without)
+    same = [
+        np.array_equal(scores[key], scores["Vertical-Slash", *key[1:]]) for key in sorted(chance)
+    ]
+    assert same == [False, False]
+
+
+def test_all_methods_but_one_lose_as_much_on_some_task():
+    dense = np.tile([1.0, 0.5, 1.0], (6, 1))
+    losses = {"a": [0.0, 0.01, 0.0], "b": [0.3, 0.0, 0.1], "c": [0.0, 0.2, 0.1], "d": [0.4, 0, 0]}
+    arrays = {"dense": dense}
+    arrays |= {f"{m} 5": dense * (1 - np.array(x)) for m, x in losses.items()}
+    np.testing.assert_allclose(nearly_every_worst(arrays, "abcd", 5.0), [0.2] * 6)
+    np.testing.assert_allclose(nearly_every_worst(arrays, "b", 5.0), [0.3] * 6)

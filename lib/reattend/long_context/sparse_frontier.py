@@ -41,6 +41,8 @@ from reattend.attention.method import (
 
 # Prefill methods ----------------------------------------------------------------------------------
 
+ROWS = 128  # of a mask that are attended at once on a CPU
+
 
 class LineMethod(AttentionMethod, ABC):
     """Prefill over columns of keys and diagonals of constant distance, per query head.
@@ -117,9 +119,18 @@ class LineMethod(AttentionMethod, ABC):
             # The main diagonal is always kept, so no row of the mask is empty.
             if query.is_cuda:
                 return masked_sdpa(query, key, value, mask, scale=scale)
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
-            )
+            # Some rows at a time, which saves the keys behind them.
+            past, parts = key.shape[2] - query.shape[2], []
+            for rows in torch.arange(query.shape[2]).split(ROWS):
+                here, seen = slice(rows[0], rows[-1] + 1), slice(past + int(rows[-1]) + 1)
+                part = query[:, :, here], key[:, :, seen], value[:, :, seen]
+                kept = mask[:, :, here, seen]
+                parts.append(
+                    F.scaled_dot_product_attention(
+                        *part, attn_mask=kept, scale=scale, enable_gqa=True
+                    )
+                )
+            return torch.cat(parts, dim=2)
 
         return per_sequence(attend, query, key, value, padding)
 

@@ -213,6 +213,61 @@ def readers(
     return made
 
 
+@dataclass(frozen=True)
+class Draws:
+    """How many draws of each task are answered, and by which methods.
+
+    Attributes:
+        length: of the main comparison, in tokens; at other lengths SnapKV, Quest and their placebos answer.
+        by_length: draws at each length.
+        read, written: those that prefill and decoding methods answer at `length`, by compression.
+        flex_compression: where the placebos of all methods are compared.
+        length_compression: where lengths are.
+    """
+
+    length: int
+    by_length: Mapping[int, int]
+    read: Mapping[float, int]
+    written: Mapping[float, int]
+    flex_compression: float
+    length_compression: float
+
+    def __str__(self) -> str:
+        """For a caption."""
+        phases = ("prefill", self.read), ("decoding", self.written)
+        counts = (
+            f"{phase} " + ", ".join(f"{count} at 1/{c:g}" for c, count in some.items())
+            for phase, some in phases
+        )
+        return "prompts of a task: " + "; ".join(counts)
+
+    def arms(
+        self,
+        length: int,
+        first: int,
+        readers: Sequence[tuple[str, float, AttentionMethod]],
+        decoders: Mapping[float, Mapping[str, KVSelection]],
+    ) -> list[tuple[str, float, AttentionMethod]]:
+        """(name, compression, method) of all that answers the draws from `first` on.
+
+        Args:
+            readers: the prefill methods, as from `readers`.
+            decoders: the decoding methods and their placebos by compression, as from `decoders`.
+        """
+        main, made = length == self.length, [("dense", 1.0, AttentionMethod())]
+        for c, methods in decoders.items():
+            if not (first < self.written[c] if main else c == self.length_compression):
+                continue
+            # Placebos where a test asks for them, on as many draws as it has.
+            at_ends = c == self.length_compression and first < min(self.by_length.values())
+            at_methods = main and c == self.flex_compression and first < self.read[c]
+            for name, method in methods.items():
+                real = name in DECODE and (main or name != "Ada-SnapKV")
+                if real or (name not in DECODE and (at_ends or at_methods)):
+                    made.append((name, c, method))
+        return made + [arm for arm in readers if main and first < self.read[arm[1]]]
+
+
 # Answers ------------------------------------------------------------------------------------------
 
 
@@ -391,6 +446,22 @@ def worst_beyond_median(
     return pseudo_values(arrays, statistic)
 
 
+def nearly_every_worst(
+    arrays: Mapping[str, Float[np.ndarray, "draws tasks"]],
+    methods: Sequence[str],
+    compression: float,
+) -> Float[np.ndarray, " draws"]:
+    """Loss of the worst task that all methods but one reach; pseudo-values of the draws, `arrays` as above."""
+
+    def losses(arrays: Mapping[str, np.ndarray], method: str) -> np.ndarray:
+        return relative_loss(arrays["dense"], arrays[f"{method} {compression:g}"])
+
+    # The method, the second from below, and its worst task are chosen once, on all draws.
+    method = sorted(methods, key=lambda m: losses(arrays, m).max())[min(1, len(methods) - 1)]
+    task = losses(arrays, method).argmax()
+    return pseudo_values(arrays, lambda a: float(losses(a, method)[task]))
+
+
 def methods_table(
     results: pd.DataFrame, compressions: Sequence[float], chunk: int, page: int
 ) -> pd.DataFrame:
@@ -448,10 +519,14 @@ def small_llamas_at(
     asked: int,
     page: int,
     seed: int,
+    placebo: bool = False,
 ) -> tuple[pd.DataFrame, dict[tuple, Float[np.ndarray, " prompts"]]]:
     """Cost and answer probability of models by width under Vertical-Slash (reading) and Quest (writing).
 
     The number of lines is set on one calibration prompt for each model.
+
+    Args:
+        placebo: read with random lines of the same densities as well.
 
     Returns:
         One row a cell, and by (method, width, length, compression) the answer probability of each prompt.
@@ -466,6 +541,9 @@ def small_llamas_at(
         for c in (1.0, *compressions):
             lines = AttentionMethod() if c == 1 else calibration.vertical_slash(c)
             read = _small_read(model, tokens, given, lines)
+            if placebo and c > 1:
+                chance = calibration.random_lines(c, seed)
+                scores["random lines", width, length, c] = _small_read(model, tokens, given, chance)
             quest = "dense" if c == 1 else Quest(budget=max(round(length / c), page), page=page)
             done = decode(model, whole, quest, given=given).log_likelihood[:, ::2]
             written = done.exp().mean(1).cpu().numpy()
@@ -487,37 +565,69 @@ def small_llamas_at(
     return pd.DataFrame(rows), scores
 
 
-def exchanges(
-    small: pd.DataFrame,
+@dataclass(frozen=True)
+class Exchange:
+    """A smaller model read densely against a larger, sparse one of the same cost.
+
+    Attributes:
+        compression: of the larger one, at the largest budget that costs no more than the smaller one read
+            densely; where none is so cheap, at the smallest budget, which favours the larger one.
+        affordable: whether one is.
+        offered: (width, compression) of every reading of the two that costs no more.
+    """
+
+    length: int
+    smaller: int
+    larger: int
+    compression: float
+    affordable: bool
+    offered: tuple[tuple[int, float], ...]
+
+
+def exchanges(small: pd.DataFrame, length: int, method: str = "Vertical-Slash") -> list[Exchange]:
+    """The exchange of each model for the next larger one; `small` has costs, from `small_llamas_at`."""
+    here = small[(small.method == method) & (small.length == length)]
+    cost = here.set_index(["width", "compression"]).cost
+    found = []
+    for less, more in itertools.pairwise(sorted(here.width.unique().tolist())):
+        offered = tuple(
+            (w, c) for w in (less, more) for c in cost[w].index if cost[w, c] <= cost[less, 1.0]
+        )
+        budgets = [c for w, c in offered if w == more]
+        taken = min(budgets, default=cost[more].index.max())
+        found.append(Exchange(length, less, more, taken, bool(budgets), offered))
+    return found
+
+
+def exchange_scores(
+    exchange: Exchange,
     scores: Mapping[tuple, Float[np.ndarray, " prompts"]],
-    pairs: Sequence[tuple[int, int]],
-    length: int,
+    apart: Mapping[tuple, Float[np.ndarray, " others"]],
     method: str = "Vertical-Slash",
-) -> tuple[dict[str, Float[np.ndarray, " prompts"]], dict[tuple[int, int], list[float]]]:
-    """A smaller model against a larger and sparser one that costs at most as much as the smaller one does dense.
+) -> dict[str, Float[np.ndarray, " prompts"]]:
+    """Scores of the readings that an exchange compares; what is best among those offered is chosen on `apart`.
 
     Args:
-        small: cost by method, width, length and compression, from `small_llamas_at`.
-        scores: (method, width, length, compression) -> one score a prompt.
-        pairs: widths, the smaller one first.
-
-    Returns:
-        scores by "<larger> for <smaller>", at the largest budget that is affordable (0 where none is),
-        "<larger> dense" and "<smaller> at <compression>", for every compression up to that cost; and the
-        larger model's affordable compressions by pair.
+        scores, apart: (method, width, length, compression) -> one score a prompt, of different prompts.
     """
-    arrays, affordable = {}, {}
-    for less, more in pairs:
-        here = small[(small.method == method) & (small.length == length)]
-        cost = here.set_index(["width", "compression"]).cost
-        offered = {w: cost[w][cost[w] <= cost[less, 1.0]].index.tolist() for w in (less, more)}
-        affordable[less, more] = offered[more]
-        dense = scores[method, more, length, 1.0]
-        least = [scores[method, more, length, min(offered[more])]] if offered[more] else []
-        arrays[f"{more} for {less}"] = least[0] if least else np.zeros(len(dense))
-        arrays[f"{more} dense"] = dense
-        arrays |= {f"{less} at {c:g}": scores[method, less, length, c] for c in offered[less]}
-    return arrays, affordable
+    e = exchange
+
+    def read(width: int, compression: float, of: Mapping = scores, method: str = method):
+        return of[method, width, e.length, compression]
+
+    def best(cells: Iterable[tuple[int, float]]) -> np.ndarray:
+        return read(*max(cells, key=lambda cell: read(*cell, apart).mean()))
+
+    made = {
+        "smaller, dense": read(e.smaller, 1.0),
+        "larger, dense": read(e.larger, 1.0),
+        "larger, sparse": read(e.larger, e.compression),
+        "smaller, best": best(cell for cell in e.offered if cell[0] == e.smaller),
+        "best sparse": best(cell for cell in e.offered if cell[1] > 1),
+    }
+    if ("random lines", e.larger, e.length, e.compression) in scores:
+        made["larger, random lines"] = read(e.larger, e.compression, method="random lines")
+    return made
 
 
 @torch.inference_mode()
