@@ -53,6 +53,10 @@ def test_a_cut_window_keeps_first_and_last_positions():
     expected = torch.cat([rows[:50], rows[-25:]])
     assert torch.equal(model.get_encoder().embed_positions.weight, expected)
     assert len(rows) == 1500
+    _, sampled = whisper.load(1.0, 0.5, 500)
+    expected = torch.cat([rows[:50], rows[[50, 550, 1050]], rows[-25:]])
+    assert torch.equal(sampled.get_encoder().embed_positions.weight, expected)
+    assert sampled.config.max_source_positions == 78
 
 
 @pytest.mark.usefixtures("fetched")

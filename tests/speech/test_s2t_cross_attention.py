@@ -363,6 +363,35 @@ def test_reliability_foresees_the_agreement_of_two_full_maps():
         method.reliability(masks[:2], scores[:2])
 
 
+# Words in time --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "positions"), [(2, 5), (3, 8), (4, 4), (4, 10)])
+def test_starts_are_those_of_the_best_cut(tokens, positions):
+    """Against every cut of the positions into one piece a token."""
+    for seed in range(6):
+        relevance = torch.rand(tokens, positions, generator=generator(seed)).double()
+        even = (relevance - relevance.mean(0)) / relevance.std(0)
+
+        def total(cut, even=even):
+            edges = [0, *cut, positions]
+            pieces = itertools.pairwise(edges)
+            return sum(even[token, a:b].sum().item() for token, (a, b) in enumerate(pieces))
+
+        cuts = itertools.combinations(range(1, positions), tokens - 1)
+        assert method.token_starts(relevance) == [0, *max(cuts, key=total)]
+
+
+def test_starts_of_a_clear_map_and_of_peaks():
+    relevance = torch.zeros(3, 12)
+    relevance[0, :5] = relevance[1, 5:7] = relevance[2, 7:] = 1
+    assert method.token_starts(relevance) == [0, 5, 7]
+    relevance[0, 1] = relevance[1, 5] = relevance[2, 9] = 2
+    assert method.token_middles(relevance) == [0, 3, 7]
+    with pytest.raises(ValueError, match="4 tokens do not fit 3 positions"):
+        method.token_starts(torch.zeros(4, 3))
+
+
 # Deletion -------------------------------------------------------------------------------------------------
 
 

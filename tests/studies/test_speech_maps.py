@@ -8,7 +8,7 @@ from reattend.data.spoken_prompts import Prompt
 from reattend.speech import s2t_cross_attention as method
 from reattend.speech.s2t_cross_attention import Speech
 from reattend.studies import speech_maps as study
-from reattend.studies.speech_maps import Explained, Recogniser, Removal
+from reattend.studies.speech_maps import Explained, Heard, Joined, Recogniser, Removal
 
 
 def generator(seed=0):
@@ -61,12 +61,35 @@ def test_grids_take_turns_and_stay_in_pairs():
     masks = removal.draw_input(speech, generator())
     assert masks.shape == (40, 20, 8)
     assert (masks[::2] ^ masks[1::2]).all()
-    changes = (masks[:, 1:] != masks[:, :-1]).flatten(1).sum(1).view(10, 2, 2)
+    changes = (masks[:, 1:] != masks[:, :-1]).flatten(1).sum(1).view(5, 2, 4)
     fine, coarse = changes[:, 0], changes[:, 1]
-    assert fine.min() > coarse.max(), "pair by pair, rectangles of 2 frames and then of 20"
+    assert fine.min() > coarse.max(), "two pairs of rectangles of 2 frames, then two of 20"
     outputs = removal.draw_output(speech, generator())
     assert outputs.shape == (12, 10)
     assert (outputs[::2] ^ outputs[1::2]).all()
+
+
+def test_halves_for_the_reliability_have_as_many_masks_of_each_grid():
+    """Else their maps differ in grain, and the correction for noise is too large."""
+    masks = Removal(80, 4, [(2, 8), (20, 8)], 3, 8).draw_input(some_speech(), generator())
+    fine = (masks[:, 1:] != masks[:, :-1]).flatten(1).any(1)
+    second = torch.arange(80) // 2 % 2 == 1
+    assert fine[second].sum() == fine[~second].sum() > 15
+
+
+def test_half_precision_is_near_enough_and_only_under_masks():
+    torch.manual_seed(0)
+    product = torch.nn.Linear(64, 64)
+    states, half = torch.randn(8, 64), Removal(4, 4, [(1, 1)], 1, 8, precision="bfloat16")
+    with torch.no_grad():
+        exact = product(states)
+        with half.products(torch.device("cpu")):
+            rounded = product(states)
+        with Removal(4, 4, [(1, 1)], 1, 8).products(torch.device("cpu")):
+            assert torch.equal(product(states), exact)
+        assert torch.equal(product(states), exact)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.02, rtol=0.02)
 
 
 def test_the_filling_is_that_of_the_speech_and_the_bins_in_use():
@@ -144,26 +167,111 @@ def test_rescaling_keeps_a_diagonal_a_diagonal():
         assert rho > 0.9
 
 
-def test_shifts_move_in_time_and_let_zeros_in():
-    maps = torch.tensor([[1.0, 2.0, 3.0]])
-    assert study.shifted(maps, 1).tolist() == [[0, 1, 2]]
-    assert study.shifted(maps, -2).tolist() == [[3, 0, 0]]
-    assert study.shifted(maps, 0).tolist() == maps.tolist()
-    assert study.shifted(maps, -3).abs().sum() == 0
+def test_each_item_gets_the_setting_that_suits_the_others():
+    scores = np.array([[9.0, 0.0, 1.0], [0.0, 3.0, 1.0], [0.0, 3.0, 4.0]])
+    assert study.best_of_others(scores) == [1, 0, 0]
 
 
-def test_the_smoothing_placebo_blurs_each_head_and_joins_none():
-    heads = torch.zeros(2, 3, 1, 101)
-    heads[1, 2, 0, 50] = 1
-    blurred = study.shifted_mean(heads, 4000, 3.0, generator())
-    assert blurred.flatten(2)[:, :2].abs().sum() == 0
+def test_smoothing_is_a_normal_average_over_time():
+    maps = torch.zeros(2, 3, 101).double()
+    maps[1, 2, 50] = 1
+    blurred = study.smoothed(maps, 3.0)
     assert blurred[0].abs().sum() == 0
-    time = torch.arange(101.0)
-    weight = blurred[1, 2, 0]
-    assert weight.sum().item() == pytest.approx(1, abs=1e-4)
-    assert ((time - 50) ** 2 * weight).sum().sqrt().item() == pytest.approx(3.0, rel=0.05)
-    once = study.shifted_mean(heads, 1, 0.0, generator())
-    assert torch.equal(once, heads)
+    assert blurred[1, :2].abs().sum() == 0
+    time = torch.arange(101).double()
+    weight = blurred[1, 2]
+    assert weight.sum().item() == pytest.approx(1, abs=1e-6)
+    assert ((time - 50) ** 2 * weight).sum().sqrt().item() == pytest.approx(3.0, rel=1e-3)
+    level = torch.full((1, 9), 0.7)
+    torch.testing.assert_close(study.smoothed(level, 4.0), level)  # the edges as well
+    assert study.smoothed(maps, 0.0) is maps
+
+
+def test_the_grain_is_chosen_on_other_prompts():
+    """Targets are smoothed maps: every prompt gets that width; one that differs does not choose its own."""
+    torch.manual_seed(0)
+    maps = [torch.rand(3, size) for size in (60, 70, 80, 90)]
+    widths = [0.0, 1.0, 3.0]
+    targets = [study.smoothed(m, 3.0) for m in maps]
+    rho, chosen = study.at_best_grain(maps, targets, widths)
+    assert chosen == [3.0] * 4
+    assert rho == pytest.approx(np.ones(4), abs=1e-5)
+    rho, chosen = study.at_best_grain(maps, [maps[0], *targets[1:]], widths)
+    assert chosen[0] == 3.0
+    assert rho[0] < 0.9
+    several = [torch.stack([m, m.flip(1)]) for m in maps]
+    both, _ = study.at_best_grain(several, targets, [3.0])
+    each = [study.at_best_grain([m[k] for m in several], targets, [3.0])[0] for k in (0, 1)]
+    assert both == pytest.approx(np.mean(each, 0), abs=1e-5)
+
+
+# Word boundaries ----------------------------------------------------------------------------------------
+
+
+def recordings():
+    """A tone for each name, of another length each, between silences of .1 and .2 s."""
+    for number, name in enumerate([*study.DAYS, *study.MONTHS, *study.CALLS]):
+        time = np.arange(3200 + 800 * (number % 5)) / 16000
+        tone = np.cos(2 * np.pi * 500 * time).astype(np.float32)
+        padded = [np.zeros(1600, np.float32), tone, np.zeros(3200, np.float32)]
+        yield Prompt(name, name.split("/")[1].translate({45: 32, 95: 32}), np.concatenate(padded))
+
+
+def test_trimming_leaves_the_sound():
+    one = next(recordings())
+    assert len(study.trimmed(one.samples)) == 3200
+    assert np.array_equal(study.trimmed(one.samples), one.samples[1600:4800])
+
+
+def test_joined_words_have_silence_exactly_in_their_gaps(monkeypatch):
+    monkeypatch.setattr(study, "spoken_prompts", lambda: tuple(recordings()))
+    found = study.joined_words(20, 3, 0.3, 1.3, 0)
+    assert len(found) == 20
+    for joined in found:
+        samples, silent = joined.prompt.samples, 0
+        assert len(samples) <= 1.3 * 16000
+        for end, start in joined.gaps:
+            a, b = round(end * 16000), round(start * 16000)
+            assert not samples[a:b].any()
+            assert np.abs(samples[a - 160 : a]).max() > 0.5
+            assert np.abs(samples[b : b + 160]).max() > 0.5
+            silent += b - a
+        assert len(set(joined.prompt.name.split("+"))) == 3
+    assert found[0].prompt.name != study.joined_words(1, 3, 0.3, 1.3, 1)[0].prompt.name
+    assert max(start - end for joined in found for end, start in joined.gaps) > 0.2
+
+
+def heard(gaps, first, shape=(3, 50)):
+    prompt = Prompt("p", "a b", np.zeros(1, np.float32))
+    return Heard(Joined(prompt, gaps), ["a"] * shape[0], torch.zeros(1, 1, *shape), first)
+
+
+def test_a_start_is_right_anywhere_in_the_silence_before_its_word():
+    one = heard([(0.20, 0.30), (0.60, 0.60)], [1, 2])
+    assert study.boundary_error([0, 10, 30], one) == 0
+    assert study.boundary_error([0, 15, 30], one) == 0
+    assert study.boundary_error([0, 9, 32], one) == pytest.approx((20 + 40) / 2)
+    assert study.boundary_error([0, 9, 32], one, shift=1) == pytest.approx((0 + 60) / 2)
+    assert study.boundary_error([0, 17, 30], one) == pytest.approx(20)
+
+
+def test_shift_and_map_are_chosen_on_other_sequences():
+    late = [heard([(0.2, 0.2)], [1]) for _ in range(4)]
+    found = study.boundary_errors([[[0, 14, 20]]] * 4, late)  # all 80 ms late: moved back
+    assert found.tolist() == [0] * 4
+    wrong = study.boundary_errors([[[0, 17, 20]], *[[[0, 10, 20]]] * 3], late)
+    assert wrong.tolist() == [140, 0, 0, 0], "its own shift is not its own choice"
+    two = study.boundary_errors(
+        [[[0, 10 + 9 * (-1) ** n, 20], [0, 10, 20]] for n in range(4)], late
+    )
+    assert two.tolist() == [0] * 4
+
+
+def test_evenly_long_tokens_start_on_a_line():
+    starts = study.even_starts(4, 100)
+    assert len(starts) == len(study.STARTS) * len(study.SLOPES)
+    assert [0, 25, 50, 75] in starts
+    assert [10, 30, 50, 70] in starts
 
 
 # Deletion -----------------------------------------------------------------------------------------------

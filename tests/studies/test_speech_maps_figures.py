@@ -3,8 +3,11 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 
+from reattend.data.spoken_prompts import Prompt
 from reattend.studies import speech_maps_figures as figures
+from reattend.studies.speech_maps import Heard, Joined
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +48,31 @@ def test_deletion_shows_mean_curves_areas_and_the_papers_area():
     assert means == pytest.approx([65.0])
     squares = [line.get_xdata() for line in right.lines if line.get_marker() == "s"]
     assert [float(np.ravel(x)[0]) for x in squares if np.size(x)] == [41.2]
+
+
+def test_the_legend_of_the_areas_lies_above_the_axes():
+    """Inside, its square looked like an area of the paper's."""
+    curves = {
+        name: np.array([[0.0, 50, 100], [0, 90, 100], [0, 80, 100]]) for name in ("CA", "SM^X")
+    }
+    figure = figures.draw_deletion(curves, [0.0, 0.5, 1.0], {"CA": 41.2})
+    figure.canvas.draw()
+    right = figure.axes[1]
+    assert right.get_legend().get_window_extent().y0 >= right.get_window_extent().y1 - 1
+
+
+def test_boundaries_show_silences_starts_and_errors():
+    prompt = Prompt("p", "a b", np.zeros(1, np.float32))
+    one = Heard(Joined(prompt, [(0.2, 0.3)]), ["a", "b"], torch.rand(2, 3, 2, 30), [1])
+    errors = {size: {"CA": np.array([10.0, 20, 60]), "borrowed": np.ones(3)} for size in ("s", "t")}
+    shown, *points = figures.draw_boundaries(one, [0, 12], errors).axes
+    edges = [line.get_xdata()[0] for line in shown.lines if line.get_linestyle() == "--"]
+    assert edges == pytest.approx([200, 300])
+    starts = [line.get_xdata()[0] for line in shown.lines if line.get_linestyle() == "-"]
+    assert starts == [0, 240]
+    assert [axis.get_title() for axis in points] == ["Whisper s", "Whisper t"]
+    means = [line.get_xdata()[0] for line in points[0].lines if line.get_marker() == "D"]
+    assert means == pytest.approx([30, 1])
 
 
 def test_growth_draws_reliability_raw_and_corrected():

@@ -16,6 +16,7 @@ scored and compared.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -75,7 +76,8 @@ def forced_log_probabilities(
     states = model.get_decoder()(read, encoder_hidden_states=encoded).last_hidden_state
     # Contiguous: else the product with the vocabulary runs once an utterance, five times slower.
     predicting = states[:, len(prompt) - 1 :].contiguous()
-    return model.proj_out(predicting).log_softmax(-1)
+    words = model.proj_out(predicting)
+    return words.log_softmax(-1, dtype=torch.promote_types(words.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -338,6 +340,46 @@ def reliability(
     ]
     r = row_correlation(*halves).item()
     return 2 * r / (1 + r)
+
+
+# Words in time --------------------------------------------------------------------------------------
+
+
+def token_starts(relevance: Float[Tensor, "tokens positions"]) -> list[int]:
+    """Where each token begins when the speech is cut into one piece a token, in order.
+
+    Starts 0 = s_0 < s_1 < ... maximise the sum over tokens k and positions s_k <= t < s_(k+1) of Z[k, t],
+    relevance standardised over the tokens at each position as Whisper's own time stamps have it: dynamic
+    time warping in which every position belongs to one token, and every token has one at least.
+
+    Raises:
+        ValueError: more tokens than positions.
+    """
+    tokens, positions = relevance.shape
+    if tokens > positions:
+        raise ValueError(f"{tokens} tokens do not fit {positions} positions")
+    even = standardise(relevance.double().mT).mT
+    # best[k, t]: with position t in token k, from the same token or the one before at t - 1.
+    best = torch.full((tokens, positions), -torch.inf, dtype=torch.float64)
+    entered = torch.zeros(tokens, positions, dtype=torch.bool)
+    best[0, 0] = even[0, 0]
+    for time in range(1, positions):
+        stay, enter = best[:, time - 1], best[:, time - 1].roll(1)
+        enter[0] = -torch.inf
+        entered[:, time] = enter > stay
+        best[:, time] = torch.maximum(stay, enter) + even[:, time]
+    starts, token = [], tokens - 1
+    for time in range(positions - 1, 0, -1):
+        if entered[token, time]:
+            starts.append(time)
+            token -= 1
+    return [0, *starts[::-1]]
+
+
+def token_middles(relevance: Float[Tensor, "tokens positions"]) -> list[int]:
+    """Where each token begins if it peaks where its row does: halfway between neighbouring peaks."""
+    peaks = relevance.argmax(1).tolist()
+    return [0, *[round((a + b) / 2) for a, b in pairwise(peaks)]]
 
 
 # Deletion -------------------------------------------------------------------------------------------

@@ -19,16 +19,26 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, WhisperForConditionalGeneration
 
-from reattend.backbones.pretrained.whisper import END, PROMPT, frames_of, load, log_mel
+from reattend.backbones.pretrained.whisper import END, PROMPT, RATE, frames_of, load, log_mel
+from reattend.backbones.pretrained.whisper_base import END as BASE_END
+from reattend.backbones.pretrained.whisper_base import PROMPT as BASE_PROMPT
 from reattend.data.spoken_prompts import Prompt, spoken_prompts
 from reattend.metrics import pseudo_values
 from reattend.speech import s2t_cross_attention as method
 from reattend.speech.s2t_cross_attention import Speech
 
-LONGEST = 18  # tokens of a transcript: the prompts have at most eight words
+LONGEST = 24  # tokens of a transcript: the prompts have at most ten words
 
 PILOT = ("conf-unmuted", "dir-pls-enter", "vm-from-phonenumber", "vm-num-i-have")
 """Prompts on which the settings of the experiment were chosen; it leaves them out."""
+
+SIZES = {
+    "tiny.en": ("whisper", PROMPT, END),
+    "base": ("whisper_base", BASE_PROMPT, BASE_END),
+}
+"""Backbone, what the decoder is given first, and the end of the text, by the size of Whisper."""
+
+POSITION = 20  # milliseconds of a position
 
 Map = Float[Tensor, "_ _"]
 """[tokens, positions], which differ from prompt to prompt."""
@@ -68,31 +78,35 @@ def error_rate(text: str, prompt: Prompt) -> float:
 
 @dataclass(frozen=True)
 class Recogniser:
-    """Whisper with a window of `head` + `tail` seconds (see `reattend.backbones.pretrained.whisper`)."""
+    """Whisper that reads a part of its window (see `reattend.backbones.pretrained.whisper.cut`)."""
 
     tokenizer: PreTrainedTokenizerFast
     model: WhisperForConditionalGeneration
-    head: float
-    tail: float
+    first: tuple[int, ...]
+    end: int
 
     @classmethod
-    def of(cls, head: float, tail: float, device: torch.device) -> Recogniser:
-        """The recogniser with this window."""
-        tokenizer, model = load(head, tail)
-        return cls(tokenizer, model.to(device), head, tail)
+    def of(
+        cls, size: str, head: float, tail: float, every: int | None, device: torch.device
+    ) -> Recogniser:
+        """The recogniser of this size (of `SIZES`) with these positions of its window."""
+        name, first, end = SIZES[size]
+        tokenizer, model = load(head, tail, every, name)
+        return cls(tokenizer, model.to(device), first, end)
 
     @property
     def prompt(self) -> Tensor:
         """What the decoder is always given first."""
-        return torch.tensor(PROMPT, device=self.model.device)
+        return torch.tensor(self.first, device=self.model.device)
 
     def features(self, prompt: Prompt) -> Float[Tensor, "bins window"]:
         """Spectrogram of a prompt, padded with silence to the window."""
-        return log_mel(prompt.samples, self.head + self.tail).to(self.model.device)
+        window = self.model.config.max_source_positions * POSITION / 1000
+        return log_mel(prompt.samples, window).to(self.model.device)
 
     def texts(self, features: Float[Tensor, "batch bins window"]) -> list[str]:
         """Greedy transcripts."""
-        found = method.transcribe(self.model, features, self.prompt, END, LONGEST)
+        found = method.transcribe(self.model, features, self.prompt, self.end, LONGEST)
         return [self.tokenizer.decode(tokens) for tokens in found]
 
     def error_rates(self, prompts: Sequence[Prompt]) -> np.ndarray:
@@ -107,8 +121,8 @@ class Recogniser:
     def hear(self, prompt: Prompt) -> Speech:
         """A prompt with its greedy transcript."""
         features = self.features(prompt)
-        [found] = method.transcribe(self.model, features[None], self.prompt, END, LONGEST)
-        tokens = torch.cat([found, torch.tensor([END], device=found.device)])
+        [found] = method.transcribe(self.model, features[None], self.prompt, self.end, LONGEST)
+        tokens = torch.cat([found, torch.tensor([self.end], device=found.device)])
         return Speech(features, frames_of(prompt.samples), self.prompt, tokens)
 
     def pieces(self, speech: Speech) -> list[str]:
@@ -130,6 +144,7 @@ class Removal:
         bins: the first so many mel bins are removed; the recordings have nothing above.
         fill: what replaces a cell of the spectrogram: "mean" of the utterance, or its "floor".
         batch: masks in one forward pass.
+        precision: "float32" or "bfloat16" of the products in these passes.
     """
 
     input_masks: int
@@ -139,20 +154,25 @@ class Removal:
     bins: int
     fill: str = "mean"
     batch: int = 8
+    precision: str = "float32"
 
     def filling(self, speech: Speech) -> float:
         """The value that replaces a removed cell of the spectrogram."""
         cells = speech.features[: self.bins, : speech.frames]
         return {"mean": cells.mean, "floor": cells.min}[self.fill]().item()
 
+    def products(self, device: torch.device) -> torch.autocast:
+        """The precision of matrix products within; sums and softmax stay in float32."""
+        half = self.precision == "bfloat16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=half)
+
     def draw_input(self, speech: Speech, generator: torch.Generator) -> Tensor:
         """Masks of the spectrogram, an equal number on every grid."""
-        pairs = self.input_masks // (2 * len(self.blocks))
+        fours = self.input_masks // (4 * len(self.blocks))
         shape = speech.frames, self.bins
-        grids = [method.rectangle_masks(pairs, shape, b, generator) for b in self.blocks]
-        # Pairs of all grids in turn: the two halves of a split then hold as many of each.
-        paired = torch.stack([masks.unflatten(0, (pairs, 2)) for masks in grids], 1)
-        return paired.flatten(0, 2)
+        grids = [method.rectangle_masks(2 * fours, shape, b, generator) for b in self.blocks]
+        # Two pairs of each grid in turn: halves by every other pair then hold as many of each grid.
+        return torch.stack([masks.unflatten(0, (fours, 4)) for masks in grids], 1).flatten(0, 2)
 
     def draw_output(self, speech: Speech, generator: torch.Generator) -> Tensor:
         """Masks of the encoder's output, of all its values at a position."""
@@ -213,9 +233,10 @@ def explain(
     gradient = method.gradient_times_input(model, speech, fill)[..., : removal.bins]
 
     x_masks = removal.draw_input(speech, generator)
-    x_scores = method.input_scores(model, speech, x_masks, fill, removal.batch).cpu()
     h_masks = removal.draw_output(speech, generator)
-    h_scores = method.output_scores(model, speech, h_masks, batch=removal.batch).cpu()
+    with removal.products(model.device):
+        x_scores = method.input_scores(model, speech, x_masks, fill, removal.batch).cpu()
+        h_scores = method.output_scores(model, speech, h_masks, batch=removal.batch).cpu()
     cells = method.removal_relevance(x_masks, x_scores)
     every = {
         "CA": heads.mean((0, 1)).cpu(),
@@ -308,11 +329,21 @@ WIDTHS = (0.04, 0.07, 0.1, 0.15, 0.2, 0.3)
 
 def fitted_diagonals(targets: Sequence[Map]) -> list[Map]:
     """For each target the diagonal that correlates best, on average, with all the *other* targets."""
-    grid = list(product(STARTS, SLOPES, WIDTHS))
-    bands = [torch.stack([diagonal(*target.shape, *point) for point in grid]) for target in targets]
-    rho = torch.stack([method.row_correlation(b, t) for b, t in zip(bands, targets, strict=True)])
-    best = (rho.sum(0) - rho).argmax(1)
+    bands = [diagonals(*target.shape) for target in targets]
+    rho = [method.row_correlation(b, t).numpy() for b, t in zip(bands, targets, strict=True)]
+    best = best_of_others(np.array(rho))
     return [band[number] for band, number in zip(bands, best, strict=True)]
+
+
+def diagonals(tokens: int, positions: int) -> Float[Tensor, "grid tokens positions"]:
+    """Bands of every start, slope and width of the grid."""
+    grid = product(STARTS, SLOPES, WIDTHS)
+    return torch.stack([diagonal(tokens, positions, *point) for point in grid])
+
+
+def best_of_others(scores: Float[np.ndarray, "items settings"]) -> list[int]:
+    """For each item the setting whose mean score over all *other* items is highest (cross-fitting)."""
+    return (scores.sum(0) - scores).argmax(1).tolist()
 
 
 def rescaled(relevance: Map, tokens: int, positions: int) -> Map:
@@ -339,29 +370,161 @@ def borrowed(maps: Sequence[Map], lenders: int = 4) -> list[Float[Tensor, "lende
     return found
 
 
-def shifted_mean(
-    heads: Float[Tensor, "layers heads tokens positions"],
-    copies: int,
-    width: float,
-    generator: torch.Generator,
-) -> Float[Tensor, "layers heads tokens positions"]:
-    """Each head averaged with copies of itself, shifted in time at random (normal, `width` positions).
+def smoothed(
+    maps: Float[Tensor, "*maps positions"], width: float
+) -> Float[Tensor, "*maps positions"]:
+    """Averaged over time with normal weights of standard deviation `width` positions; 0 changes nothing.
 
-    Averaging over heads also smooths; this smooths as much, and joins no other head.
+    At the edges the weights that fall inside count as all.
     """
-    shifts = (torch.randn(copies, generator=generator) * width).round().int().tolist()
-    return torch.stack([shifted(heads, shift) for shift in shifts]).mean(0)
+    if width == 0:
+        return maps
+    time = torch.arange(maps.shape[-1], dtype=maps.dtype)
+    weights = torch.exp(-(((time[:, None] - time) / width) ** 2) / 2)
+    return maps @ (weights / weights.sum(0))
 
 
-def shifted(maps: Float[Tensor, "*maps positions"], shift: int) -> Float[Tensor, "*maps positions"]:
-    """Moved later by `shift` positions (earlier if negative); what comes in is zero."""
-    positions = maps.shape[-1]
-    moved = torch.zeros_like(maps)
-    if abs(shift) < positions:
-        moved[..., max(shift, 0) : positions + min(shift, 0)] = maps[
-            ..., max(-shift, 0) : positions + min(-shift, 0)
+def at_best_grain(
+    maps: Sequence[Float[Tensor, "... _ _"]],
+    targets: Sequence[Map],
+    widths: Sequence[float],
+) -> tuple[Float[np.ndarray, " prompts"], list[float]]:
+    """Correlation of smoothed maps with their targets, mean over maps, and each prompt's width.
+
+    Removal has a coarser grain than attention. Each prompt's width of `smoothed` is the one that suits
+    the *other* prompts best, so that no map is fitted to what it is held against.
+    """
+    scores = np.array(
+        [
+            [method.row_correlation(smoothed(m, w), t.expand_as(m)).mean().item() for w in widths]
+            for m, t in zip(maps, targets, strict=True)
         ]
-    return moved
+    )
+    best = best_of_others(scores)
+    return scores[range(len(best)), best], [widths[number] for number in best]
+
+
+# Word boundaries ------------------------------------------------------------------------------------------
+
+DAYS = [f"digits/day-{number}" for number in range(7)]
+MONTHS = [f"digits/mon-{number}" for number in range(12)]
+CALLS = [f"phonetic/{letter}_p" for letter in "abcdefhijlmopqrstuvwyz"]
+"""Recordings of one word each. Of the spelling alphabet's calls November is a month, x-ray two words, and
+golf and kilo were taken for other words in the pilot."""
+
+SHIFTS = range(-5, 16)  # positions
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Recordings of single words, cut free of silence, with silence of random length between them.
+
+    Args:
+        prompt: what is heard, with the words as its text.
+        gaps: end of a word and start of the next, seconds, known because the recordings were joined there.
+    """
+
+    prompt: Prompt
+    gaps: list[tuple[float, float]]
+
+
+def trimmed(samples: Float[np.ndarray, " samples"], below: float = 0.02) -> np.ndarray:
+    """Without silence at both ends: pieces of 10 ms of which no sample reaches this share of the peak."""
+    window = RATE // 100
+    pieces = np.abs(samples[: len(samples) // window * window]).reshape(-1, window).max(1)
+    loud = np.flatnonzero(pieces >= below * pieces.max())
+    return samples[loud[0] * window : (loud[-1] + 1) * window]
+
+
+def joined_words(
+    count: int, words_each: int, silence: float, longest: float, seed: int
+) -> list[Joined]:
+    """Sequences of different words, drawn at random, of at most `longest` seconds.
+
+    Args:
+        silence: most seconds of silence between two words; drawn evenly from 0 on.
+    """
+    rng, known = np.random.default_rng(seed), {p.name: p for p in spoken_prompts()}
+    every = {n: (known[n].text, trimmed(known[n].samples)) for n in [*DAYS, *MONTHS, *CALLS]}
+    found: list[Joined] = []
+    while len(found) < count:
+        names = rng.choice(list(every), words_each, replace=False)
+        texts, sounds = zip(*(every[name] for name in names), strict=True)
+        silences = (rng.uniform(0, silence, words_each - 1) * RATE).astype(int)
+        parts, gaps = [sounds[0]], []
+        for quiet, sound in zip(silences, sounds[1:], strict=True):
+            end = sum(map(len, parts))
+            gaps.append((end / RATE, (end + quiet) / RATE))
+            parts += [np.zeros(quiet, np.float32), sound]
+        samples = np.concatenate(parts)
+        if len(samples) <= longest * RATE:
+            found.append(Joined(Prompt("+".join(names), ", ".join(texts), samples), gaps))
+    return found
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Attention over joined words whose transcript is right, on the CPU.
+
+    Args:
+        first: the first token of each word but the first.
+    """
+
+    joined: Joined
+    pieces: list[str]
+    heads: Float[Tensor, "layers heads tokens positions"]
+    first: list[int]
+
+
+def hear_joined(recogniser: Recogniser, joined: Joined) -> tuple[float, Heard | None]:
+    """Error rate of the transcript, per cent, and attention where all words are right."""
+    speech = recogniser.hear(joined.prompt)
+    pieces = recogniser.pieces(speech)
+    begins = [n for n, piece in enumerate(pieces) if n == 0 or piece.startswith(" ")]
+    wrong = error_rate("".join(pieces), joined.prompt)
+    if wrong or len(begins) != len(words(joined.prompt.text)):
+        return wrong, None
+    attention = method.cross_attention(recogniser.model, speech)
+    heads, _ = method.cut_to_speech(attention, speech.positions)
+    return wrong, Heard(joined, pieces, heads[:, :, :-1].cpu(), begins[1:])
+
+
+def boundary_error(starts: Sequence[int], heard: Heard, shift: int = 0) -> float:
+    """Mean distance, in milliseconds, of words' starts from the silence before the word; 0 inside of it.
+
+    Args:
+        starts: first position of each token; shift: positions that are added.
+    """
+    off = []
+    for token, (end, start) in zip(heard.first, heard.joined.gaps, strict=True):
+        found = (starts[token] + shift) * POSITION / 1000
+        off.append(max(end - found, found - start, 0.0))
+    return 1000 * float(np.mean(off))
+
+
+def boundary_errors(
+    starts: Sequence[Sequence[Sequence[int]]], heard: Sequence[Heard]
+) -> Float[np.ndarray, " sequences"]:
+    """`boundary_error` of each sequence, of those starts and that shift that err least on the *other* ones.
+
+    Args:
+        starts: of each sequence those among which is chosen, the same number for all.
+    """
+    grid = np.array(
+        [
+            [boundary_error(found, one, shift) for found in own for shift in SHIFTS]
+            for own, one in zip(starts, heard, strict=True)
+        ]
+    )
+    return grid[range(len(grid)), best_of_others(-grid)]
+
+
+def even_starts(tokens: int, positions: int) -> list[list[int]]:
+    """Starts of tokens that are evenly long, for every start and slope of the diagonals."""
+    return [
+        [round(positions * (start + slope * token / tokens)) for token in range(tokens)]
+        for start, slope in product(STARTS, SLOPES)
+    ]
 
 
 # Deletion -------------------------------------------------------------------------------------------------

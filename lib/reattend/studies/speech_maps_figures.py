@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,9 +12,9 @@ from matplotlib.figure import Figure
 
 from reattend.evidence.intervals import mean
 from reattend.plots import BASELINE, COLOURS, REPORTED, mean_curve, mean_point
-from reattend.studies.speech_maps import Explained
+from reattend.studies.speech_maps import POSITION, Explained, Heard
 
-FRAME, POSITION = 10, 20  # milliseconds of a frame of the spectrogram and of an encoder's position
+FRAME = 10  # milliseconds of a frame of the spectrogram
 COLOUR_OF = {
     "CA": COLOURS[0],
     "SM^X": COLOURS[3],
@@ -144,7 +145,40 @@ def draw_deletion(
     right.set_yticks(range(len(curves)), list(curves))
     right.invert_yaxis()
     right.set_xlabel("area under the curve (higher: better explanation)")
-    right.legend(loc="lower left")
+    # Above the axes: inside, its square would look like one more area.
+    right.legend(loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def draw_boundaries(
+    heard: Heard, starts: Sequence[int], errors: Mapping[str, Mapping[str, np.ndarray]]
+) -> Figure:
+    """Attention over joined words with silences and starts, and the error of starts of each map and size.
+
+    Args:
+        starts: first position of each token of `heard`.
+        errors: size -> name of a map -> milliseconds, one value a sequence.
+    """
+    figure, axes = plt.subplots(1, 1 + len(errors), figsize=(4 * (1 + len(errors)), 3))
+    rows = heard.heads.mean((0, 1))
+    rows = (rows / rows.amax(1, keepdim=True)).numpy()
+    extent = (0, rows.shape[1] * POSITION, len(rows) - 0.5, -0.5)
+    axes[0].imshow(rows, aspect="auto", cmap="magma", extent=extent)
+    for edge in chain.from_iterable(heard.joined.gaps):
+        axes[0].axvline(1000 * edge, color=COLOURS[9], ls="--", lw=1.2)
+    for token, start in enumerate(starts):
+        axes[0].plot([start * POSITION] * 2, [token - 0.5, token + 0.5], color="white", lw=2)
+    axes[0].set_yticks(range(len(rows)), heard.pieces)
+    axes[0].set_xlabel("time (ms)")
+    axes[0].set_title("attention over joined words")
+    axes[0].grid(visible=False)
+    for axis, (size, maps) in zip(axes[1:], errors.items(), strict=True):
+        for place, (name, values) in enumerate(maps.items()):
+            mean_point(axis, values, place, COLOURS[0] if name.startswith("CA") else BASELINE)
+        axis.set_yticks(range(len(maps)), list(maps))
+        axis.invert_yaxis()
+        axis.set_title(f"Whisper {size}")
+        axis.set_xlabel("distance of starts from silences (ms)")
     return figure
 
 

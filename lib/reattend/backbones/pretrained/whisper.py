@@ -166,27 +166,34 @@ def _linear(tensors: dict[str, Tensor], names: list[str], at: str) -> dict[str, 
 
 
 def load(
-    head: float = WINDOW, tail: float = 0.0
+    head: float = WINDOW, tail: float = 0.0, every: int | None = None, name: str = "whisper"
 ) -> tuple[PreTrainedTokenizerFast, WhisperForConditionalGeneration]:
     """Tokenizer and model, in evaluation mode, without gradients; built on first use.
 
     Args:
-        head, tail: seconds at the beginning and the end of the 30 seconds whose positions are kept.
+        head, tail, every: the positions of the 30 seconds that are kept; see `cut`.
+        name: of the backbone: this size, or another that is built alike.
 
     Raises:
         ValueError: head and tail do not fit the 30 seconds.
     """
-    directory = backbone_path("whisper")
+    directory = backbone_path(name)
     model = WhisperForConditionalGeneration.from_pretrained(
         directory, local_files_only=True, dtype=torch.float32
     )
-    cut(model, head, tail)
+    cut(model, head, tail, every)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     return tokenizer, model.eval().requires_grad_(False)
 
 
-def cut(model: WhisperForConditionalGeneration, head: float, tail: float) -> None:
-    """Let the encoder read `head` + `tail` seconds, at the first and the last of its positions.
+def cut(
+    model: WhisperForConditionalGeneration, head: float, tail: float, every: int | None = None
+) -> None:
+    """Let the encoder read fewer positions of its window.
+
+    Args:
+        head, tail: seconds at the beginning and the end of which all positions are kept.
+        every: of the positions between them one in so many is kept; none where it is None.
 
     Raises:
         ValueError: they do not fit the window that the model has.
@@ -197,7 +204,8 @@ def cut(model: WhisperForConditionalGeneration, head: float, tail: float) -> Non
     if first < 1 or last < 0 or first + last > len(rows):
         window = len(rows) * STRIDE / FRAMES
         raise ValueError(f"head and tail must fit {window:g} seconds, got {head:g} and {tail:g}")
-    kept = torch.cat([rows[:first], rows[len(rows) - last :]])
+    between = rows[first : len(rows) - last : every] if every else rows[:0]
+    kept = torch.cat([rows[:first], between, rows[len(rows) - last :]])
     encoder.embed_positions = nn.Embedding.from_pretrained(kept, freeze=True)
     encoder.config.max_source_positions = encoder.max_source_positions = len(kept)
 
