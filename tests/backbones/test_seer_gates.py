@@ -42,7 +42,7 @@ def test_building_twice_gives_the_same_gates(small, tmp_path, monkeypatch):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         seer_gates.build(tmp_path / name, "smoke")
-    for name in ("gates", "other", "half", "unplaced"):
+    for name in seer_gates.NAMES:
         one, other = (load_file(tmp_path / x / f"{name}.safetensors") for x in ("first", "second"))
         assert all(torch.equal(one[key], other[key]) for key in one)
     monkeypatch.setattr(seer_gates, "backbone_path", lambda name, profile: tmp_path / "first")

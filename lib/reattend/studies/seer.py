@@ -46,6 +46,7 @@ ARMS = {
     "gates": "gates",
     "other seed": "other",
     "half the steps": "half",
+    "half the text": "fewer",
     "no positions": "unplaced",
 }
 

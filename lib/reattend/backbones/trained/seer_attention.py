@@ -1,9 +1,9 @@
 """The gates of SeerAttention for SmolLM2, distilled from the model's own attention over real prose.
 
 Files: `gates.safetensors` for all layers; for every fifth layer `other.safetensors` (another
-initialisation and order), `half.safetensors` (half as many steps) and `unplaced.safetensors` (without
-the rotary embedding of the blocks); `training.json` (loss of every step; loss and blocks found on a
-document kept out).
+initialisation and order), `half.safetensors` (half as many steps), `fewer.safetensors` (half as many
+chapters) and `unplaced.safetensors` (without the rotary embedding of the blocks); `training.json` (loss
+of every step; loss and blocks found on a document kept out).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ QUESTIONS = 5  # as many as are asked for
 LONG, TAKEN = 20_000, 40_000  # letters of a chapter: at least, and at most (its beginning)
 LISTS = ("Bibliography", "Other Anarchist Web-pages")  # no prose
 THINNED = 5  # all gates but the main ones are those of every fifth layer
+NAMES = ("gates", "other", "half", "fewer", "unplaced")
 WATCHED = (0.1, 0.2, 0.3)  # densities at which the found blocks are counted
 
 
@@ -199,14 +200,14 @@ def stretches(
 
 
 def build(target: Path, profile: str) -> None:
-    """Distil gates, and for every fifth layer others from another seed, in half the steps, without positions."""
+    """Distil the gates, and for every fifth layer the others (see NAMES)."""
     setting = SETTINGS[profile]
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
     model, tokenizer = load_smollm2(device=device)
     texts = chapters("train")[: setting.documents + 1]
     pooling = new_gates(model, setting.block_size, 0)
-    read = stretches(tokenizer, texts, setting.tokens, HIDDEN_EVERY)
-    watched_text, *examples = (collect(model, pooling, tokens) for tokens in read)
+    taken = stretches(tokenizer, texts, setting.tokens, HIDDEN_EVERY)
+    watched_text, *examples = (collect(model, pooling, tokens) for tokens in taken)
     blocks = block_count(setting.tokens, setting.block_size)
     watched = []
 
@@ -218,20 +219,20 @@ def build(target: Path, profile: str) -> None:
             watched.append({"step": step + 1, "loss": loss} | found)
 
     losses = {}
-    for name, seed, steps in (
-        ("gates", 0, setting.steps),
-        ("other", 1, setting.steps),
-        ("half", 0, setting.steps // 2),
-        ("unplaced", 2, setting.steps),
+    thinned = [thin(example) for example in examples]
+    for name, seed, steps, read in (
+        ("gates", 0, setting.steps, examples),
+        ("other", 1, setting.steps, thinned),
+        ("half", 0, setting.steps // 2, thinned),
+        ("fewer", 0, setting.steps, thinned[: len(thinned) // 2]),
+        ("unplaced", 2, setting.steps, thinned),
     ):
         gates = new_gates(model, setting.block_size, seed, name)
         plan = TrainingPlan(
             steps, RATE, weight_decay=0.0, warmup=min(setting.warmup, steps), clip=math.inf
         )
-        if name == "gates":
-            losses[name] = distil(gates, examples, plan, seed, partial(watch, gates))
-        else:
-            losses[name] = distil(gates, [thin(example) for example in examples], plan, seed)
+        after = {"after_step": partial(watch, gates)} if name == "gates" else {}
+        losses[name] = distil(gates, read, plan, seed, **after)
         save_file(gates.cpu().state_dict(), target / f"{name}.safetensors")
         recent = losses[name][-20:]
         print(f"{name}: {steps} steps, loss {sum(recent) / len(recent):.4f}", flush=True)
@@ -241,7 +242,7 @@ def build(target: Path, profile: str) -> None:
 
 @dataclass(frozen=True)
 class Trained:
-    """Gates by name ("gates", "other", "half", "unplaced"), and how they were trained.
+    """Gates by name (see NAMES), and how they were trained.
 
     Attributes:
         losses: of every step, by name.
@@ -258,7 +259,7 @@ def load(model: PreTrainedModel, profile: str = "cpu") -> Trained:
     """The trained gates, on the model's device, without gradients; built on first use."""
     directory, setting = backbone_path("seer_attention", profile), SETTINGS[profile]
     gates = {}
-    for name in ("gates", "other", "half", "unplaced"):
+    for name in NAMES:
         made = new_gates(model, setting.block_size, 0, name)
         made.load_state_dict(load_file(directory / f"{name}.safetensors"))
         gates[name] = made.to(model.device).eval().requires_grad_(False)
