@@ -45,7 +45,7 @@ def draw_masks(spectrogram: np.ndarray, masks: Sequence[np.ndarray], fill: float
 def draw_maps(explained: Explained, names: Sequence[str], titles: Sequence[str]) -> Figure:
     """The spectrogram, then maps of its tokens by time, each row from its least to its most."""
     count = len(names) + 1
-    figure, axes = plt.subplots(1, count, figsize=(2.9 * count, 2.6), constrained_layout=True)
+    figure, axes = plt.subplots(1, count, figsize=(2.35 * count, 2.3), constrained_layout=True)
     frames = explained.speech.frames
     picture = explained.speech.features[:, :frames].numpy()
     _image(axes[0], picture, frames * FRAME, "magma")
