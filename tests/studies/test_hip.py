@@ -237,6 +237,12 @@ def test_the_methods_table_is_paired_by_prompt():
     assert table.loc["HiP", "prose NLL, s.e."] == pytest.approx(0.5)
     assert table.loc["dense", "answer NLL above dense"] == 0
     assert table.loc["other", "prose NLL above dense"] == 2  # against its own prompt
+    assert table.loc["dense", "probability, % of dense"] == pytest.approx(100)
+    whole = math.exp(-1) + math.exp(-1)
+    assert table.loc["HiP", "probability, % of dense"] == pytest.approx(
+        100 * (math.exp(-1) + math.exp(-3)) / whole
+    )
+    assert table.loc["other", "probability, % of dense"] == pytest.approx(100 * math.exp(-1))
     assert math.isnan(table.loc["other", "prose NLL, s.e."])
 
 

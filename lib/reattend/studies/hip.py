@@ -302,7 +302,8 @@ def layer_times(
 
 
 def methods_table(main: pd.DataFrame) -> pd.DataFrame:
-    """One row a method: density, right answers (%), and both losses above dense attention's, nats, by prompt.
+    """One row a method: density, right answers (%), their probability against dense attention's on the same prompts
+    (sums over prompts, %), and both losses above dense attention's, nats, by prompt.
 
     Args:
         main: indexed by prompt ("item"): columns method, density, right, "prose NLL" and "answer NLL".
@@ -311,6 +312,8 @@ def methods_table(main: pd.DataFrame) -> pd.DataFrame:
     for name, found in main.groupby("method", sort=False):
         row = {"method": name, "prompts": len(found), "density": found["density"].mean()}
         row |= {"right, %": found["right"].mean()}
+        mine, whole = (np.exp(-x["answer NLL"]).sum() for x in (found, dense.loc[found.index]))
+        row |= {"probability, % of dense": 100 * mine / whole}
         for metric in ("prose NLL", "answer NLL"):
             excess = found[metric] - dense.loc[found.index, metric]
             error = excess.sem() if len(excess) > 1 else np.nan
