@@ -11,9 +11,11 @@ from reattend.backbones.trained import r_amt
 from reattend.backbones.trained.r_amt import (
     ARMS,
     BASE,
+    LEAN,
     SETTINGS,
     VIEWS,
     Contexts,
+    OneToken,
     Run,
     build,
     few_shots,
@@ -22,6 +24,8 @@ from reattend.backbones.trained.r_amt import (
     masked_features,
     new_masks,
     pretrain,
+    read_captions,
+    read_pictures,
     tune,
     tune_all,
     tune_contexts,
@@ -248,9 +252,40 @@ def test_placebos(model, shots):
     torch.testing.assert_close(thinned.dropped, dropped, atol=0.05, rtol=0)
 
 
+def test_one_token_says_what_it_said_among_all(model):
+    """Towers of two blocks: the token that is read is the same, although the others skip an MLP."""
+    deep = untrained(replace(SMOKE.shape, layers=2), 0).double().requires_grad_(False)
+    objects = SMOKE.shape.objects(6, "test", 0)
+    plain = deep.image_tokens(objects.pixels)[:, 0]
+    torch.testing.assert_close(read_pictures(deep, objects.pixels), plain, atol=1e-12, rtol=0)
+    ids, mask = caption_ids(objects.colours[:, None], objects.nouns[:, None])
+    assert mask.all()
+    wanted = last_words(deep.text_tokens(ids), mask)
+    torch.testing.assert_close(read_captions(deep, ids), wanted, atol=1e-12, rtol=0)
+    assert deep.image(objects.pixels, OneToken(deep.image, 0)).shape[1] == 1
+
+
+def test_trainings_by_number_of_the_seed():
+    setting = replace(SMOKE, first=3, seeds=4, full=2, few=(1, 2, 4))
+    assert list(setting.numbered()) == [3, 4, 5, 6]
+    full, lean = setting.runs(4), setting.runs(5)
+    assert lean == [Run(arm, k) for arm in ("R-AMT", "R-PMT") for k in (2, 4)]
+    assert set(lean) < set(full)
+    assert len(set(full)) == len(full)
+    shots = {arm: {r.shots for r in full if r.arm == arm and not r.base} for arm in (*ARMS, "CoOp")}
+    every, two, last = {1, 2, 4}, {2, 4}, {4}
+    assert shots == dict.fromkeys(ARMS, last) | dict.fromkeys(("AMT", "R-AMT", "CoOp"), every) | (
+        dict.fromkeys(("permuted", "R-MMT", "R-PMT"), two)
+    )
+    assert {r.arm for r in full if r.base} == {"AMT", "R-AMT", "CoOp"}
+    cpu = SETTINGS["cpu"]
+    assert cpu.most == (8, 16)
+    assert cpu.full < cpu.seeds == len(cpu.numbered())
+
+
 def test_all_trainings_of_a_seed(model):
     tuned, contexts = tune_all(SMOKE, model, 0)
-    assert set(tuned) | set(contexts) == {run.key for run in SMOKE.runs()}
+    assert set(tuned) | set(contexts) == {run.key for run in SMOKE.runs(0)}
     assert Run("R-AMT", 2, base=True).key in tuned
     permuted, own = tuned[Run("permuted", 2).key], tuned[Run("AMT", 2).key]
     assert zeros_of(permuted.values) <= zeros_of(own.values) + 0.1
@@ -277,8 +312,9 @@ def test_every_training_gets_what_its_arm_says(model, monkeypatch):
     monkeypatch.setattr(r_amt, "tune", watched)
     tuned, contexts = tune_all(SMOKE, model, 0)
     hand, drawn, most = hand_prompts(model), few_shots(SMOKE, 0), SMOKE.few[-1]
-    runs = [run for run in SMOKE.runs() if run.arm != "CoOp"]
+    runs = [run for run in SMOKE.runs(0) if run.arm != "CoOp"]
     learnt = learnt_prompts(model, contexts[Run("CoOp", most).key])
+    assert {run.shots for run in runs if run.arm == "permuted"} == {1, 2}
     for run, (arm, classes, shots, extra) in zip(runs, calls, strict=True):
         assert arm is ARMS[run.arm]
         wanted = learnt if run.arm.startswith("CoOp +") else hand
@@ -287,7 +323,8 @@ def test_every_training_gets_what_its_arm_says(model, monkeypatch):
         if run.arm == "thinned":
             assert torch.equal(extra["dropped"], tuned[Run("R-AMT", most).key].dropped)
         elif run.arm.endswith("permuted"):
-            assert extra["until"] == zeros_of(tuned[Run("AMT", most).key].values) > 0
+            assert extra["until"] == zeros_of(tuned[Run("AMT", run.shots).key].values)
+            assert extra["until"] > 0
         else:
             assert extra == {}
     amt, regularised = (zeros_of(tuned[Run(arm, most).key].values) for arm in ("AMT", "R-AMT"))
@@ -297,17 +334,20 @@ def test_every_training_gets_what_its_arm_says(model, monkeypatch):
 
 
 def test_built_and_read_again(tmp_path, monkeypatch):
-    setting = replace(SMOKE, seeds=2, few=(1,))
+    setting = replace(SMOKE, first=1, seeds=2, full=1, few=(1,))
     monkeypatch.setitem(SETTINGS, "smoke", setting)
     monkeypatch.setattr(r_amt, "backbone_path", lambda name, profile: tmp_path)
     build(tmp_path, "smoke")
     seed, other = r_amt.load("smoke")
-    objects = setting.shape.objects(setting.pictures, "train", 1)
-    own = pretrain(setting.shape, objects, setting.batch, setting.pretraining(), 1)
+    assert [seed.seed, other.seed] == [1, 2]
+    objects = setting.shape.objects(setting.pictures, "train", 2)
+    own = pretrain(setting.shape, objects, setting.batch, setting.pretraining(), 2)
     assert torch.equal(other.model.image.patches.weight, own.image.patches.weight)
     assert not torch.equal(seed.model.image.patches.weight, own.image.patches.weight)
-    again, contexts = tune_all(setting, seed.model, 0)
+    again, contexts = tune_all(setting, seed.model, 1)
     assert set(again) == set(seed.tuned)
+    assert set(other.tuned) == {Run(arm, 1).key for arm in LEAN}
+    assert other.contexts == {}
     for key, found in seed.tuned.items():
         assert all(map(torch.equal, found.values, again[key].values)), key
     for key, vectors in seed.contexts.items():

@@ -59,7 +59,7 @@ def labelled(per_class, seed, noise=0.4, classes=5, width=12):
 @pytest.fixture(scope="module")
 def found():
     model = untrained(SMOKE.shape, 0).eval().requires_grad_(False)
-    return Seed(model, *tune_all(SMOKE, model, 0))
+    return Seed(0, model, *tune_all(SMOKE, model, 0))
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +198,8 @@ def test_one_step_is_the_gradient_of_both_losses(found):
     """At the start imitation has no gradient, and the task's is that of cross-entropy and norm."""
     model, run = found.model, Run("R-AMT", 2)
     start = [torch.full_like(v, 0.01) for v in found.tuned[run.key].values]
-    fresh = Seed(model, {run.key: replace(found.tuned[run.key], values=start)}, found.contexts)
-    values, task, old = one_step(SMOKE, fresh, 0, run, "patches.weight")
+    fresh = Seed(0, model, {run.key: replace(found.tuned[run.key], values=start)}, found.contexts)
+    values, task, old = one_step(SMOKE, fresh, run, "patches.weight")
     assert torch.equal(values, torch.full_like(values, 0.01))
     assert old.abs().max() < 1e-6
     shots, hand = few_shots(SMOKE, 0).shots(2), hand_prompts(model)
@@ -212,7 +212,7 @@ def test_one_step_is_the_gradient_of_both_losses(found):
         weight.requires_grad_(False)
     norm = 1e-4 * 0.01 / (0.01 * weight.numel() ** 0.5)
     torch.testing.assert_close(task, wanted * weight + norm, atol=1e-6, rtol=1e-4)
-    assert one_step(SMOKE, found, 0, run, "patches.weight")[2].abs().max() > 1e-6
+    assert one_step(SMOKE, found, run, "patches.weight")[2].abs().max() > 1e-6
 
 
 def test_harmonic_mean():
@@ -261,8 +261,8 @@ def test_rivals_see_views_and_choose_on_other_pictures(found, tests, monkeypatch
 
     monkeypatch.setattr(mask_tuning, "linear_probe", watched)
     monkeypatch.setattr(mask_tuning, "tip_adapter", watched)
-    setting = replace(SMOKE, few=(2,))
-    rivals(setting, found, 4, tests, steps=1)
+    setting = replace(SMOKE, few=(2,), full=5)
+    rivals(setting, replace(found, seed=4), tests, steps=1)
     drawn = few_shots(setting, 4)
     views, validation = views_of(drawn.shots(2), 4), drawn.validation(2)
     probe, adapter = seen
@@ -278,7 +278,7 @@ def test_rivals_see_views_and_choose_on_other_pictures(found, tests, monkeypatch
 
 def test_all_arms_are_marked(found, tests):
     rows, split = tuned_marks(SMOKE, found, tests)
-    trained = [(run.arm, run.shots) for run in SMOKE.runs() if not run.base]
+    trained = [(run.arm, run.shots) for run in SMOKE.runs(0) if not run.base]
     wanted = {*trained, ("zero-shot", 0), ("shuffled", 2)}
     assert {(row["arm"], row["shots"]) for row in rows} == wanted
     assert {row["arm"] for row in split} == {"zero-shot", "CoOp", "AMT", "R-AMT", "shuffled"}
@@ -287,8 +287,19 @@ def test_all_arms_are_marked(found, tests):
     logits = logits @ hand_prompts(found.model).T
     assert zero["source accuracy"] == accuracy(logits, tests.source.nouns)
     assert zero["zeros"] == 0
-    others = rivals(replace(SMOKE, few=(1, 2)), found, 0, tests, steps=2)
+    others = rivals(replace(SMOKE, few=(1, 2)), found, tests, steps=2)
     assert [(row["arm"], row["shots"]) for row in others] == [
         (arm, k) for k in (1, 2) for arm in ("linear probe", "TIP-Adapter")
     ]
     assert len(few_shots(SMOKE, 0).shots(2)) == 2 * len(NOUNS)
+
+
+def test_lean_seeds_have_their_arms_and_rivals_alone(found, tests):
+    lean = replace(found, seed=SMOKE.first + SMOKE.full)
+    rows, split = tuned_marks(SMOKE, lean, tests)
+    arms = [("R-AMT", 1), ("R-AMT", 2), ("shuffled", 2), ("R-PMT", 1), ("R-PMT", 2)]
+    assert [(row["arm"], row["shots"]) for row in rows] == [("zero-shot", 0), *arms]
+    assert split == []
+    setting = replace(SMOKE, few=(1, 2, 3))
+    others = rivals(setting, lean, tests, steps=2)
+    assert [row["shots"] for row in others] == [2, 2, 3, 3]

@@ -200,13 +200,11 @@ def zeros_at(
     return float(zeros[reached].min())
 
 
-def one_step(
-    setting: Setting, found: Seed, seed: int, run: Run, name: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def one_step(setting: Setting, found: Seed, run: Run, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """M of one weight after a training, and what both losses say of it on all shots: M, g_a, g_b."""
     model, arm = found.model, ARMS[run.arm]
     masks = masks_of(model, arm.place, found.tuned[run.key].values)
-    shots = few_shots(setting, seed, model.log_scale.device).shots(run.shots)
+    shots = few_shots(setting, found.seed, model.log_scale.device).shots(run.shots)
     classes = hand_prompts(model)
     logits = model.scale * masked_features(model, masks, shots.pixels) @ classes.T
     with torch.no_grad():
@@ -256,14 +254,14 @@ class Domains:
 
 
 def rivals(
-    setting: Setting, found: Seed, seed: int, tests: Domains, steps: int
+    setting: Setting, found: Seed, tests: Domains, steps: int
 ) -> list[dict[str, float | str]]:
-    """Classifiers of frozen features on every number of shots: linear probe and TIP-Adapter."""
-    model, drawn, rows = found.model, few_shots(setting, seed), []
+    """Classifiers of frozen features: linear probe and TIP-Adapter, on each number of shots that masks saw."""
+    model, drawn, rows = found.model, few_shots(setting, found.seed), []
     classes, tested = hand_prompts(model), encoded(model, tests.target)
-    for count in setting.few:
+    for count in sorted({run.shots for run in setting.runs(found.seed)}):
         shots, validation = drawn.shots(count), encoded(model, drawn.validation(count))
-        views = encoded(model, views_of(shots, seed))
+        views = encoded(model, views_of(shots, found.seed))
         seen, scale = (encoded(model, shots), views, validation, tested), model.scale.item()
         scores = {
             "linear probe": linear_probe(views, validation, tested),
@@ -281,15 +279,18 @@ def tuned_marks(
     model, most = found.model, setting.few[-1]
     hand, none = hand_prompts(model), new_masks(model, "AMT")
     rows = [{"arm": "zero-shot", "shots": 0} | tests.both(model, none, hand)]
-    split = [{"arm": "zero-shot"} | tests.base_and_new(model, none, hand)]
-    for run in setting.runs():
+    runs, split = setting.runs(found.seed), []
+    if any(run.base for run in runs):
+        split.append({"arm": "zero-shot"} | tests.base_and_new(model, none, hand))
+    for run in runs:
         if run.arm == "CoOp":
             masks, classes = none, learnt_prompts(model, found.contexts[run.key])
         else:
             arm = ARMS[run.arm]
             masks = masks_of(model, arm.place, found.tuned[run.key].values)
-            coop = found.contexts[Run("CoOp", run.shots).key]
-            classes = learnt_prompts(model, coop) if arm.learnt_prompts else hand
+            classes = hand
+            if arm.learnt_prompts:
+                classes = learnt_prompts(model, found.contexts[Run("CoOp", run.shots).key])
         if run.base:
             split.append({"arm": run.arm} | tests.base_and_new(model, masks, classes))
         else:

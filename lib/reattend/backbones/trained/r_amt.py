@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +25,14 @@ from reattend.data.shots import draw_shots
 from reattend.training.contrastive import shared_targets, symmetric_info_nce
 from reattend.training.loop import TrainingPlan, decay_matrices, train
 from reattend.trunks.encoders import index_batches
-from reattend.trunks.image_text import ImageTextModel, ImageTower, TextTower, last_words
+from reattend.trunks.image_text import (
+    BlockHooks,
+    Heads,
+    ImageTextModel,
+    ImageTower,
+    TextTower,
+    Tower,
+)
 from reattend.vision_language.r_amt import (
     NORM_WEIGHT,
     PLACES,
@@ -64,6 +71,41 @@ class Shape:
 # --- the pretrained model --------------------------------------------------------------------------
 
 
+class OneToken(BlockHooks):
+    """Of the last block's tokens only the one that is read goes through its MLP: [CLS], or the last word.
+
+    What is said of that token stays the same, for after the last attention tokens no longer meet.
+
+    Args:
+        tower: whose blocks these are.
+        token: its position.
+    """
+
+    def __init__(self, tower: Tower, token: int) -> None:
+        self.last, self.token = len(tower.blocks) - 1, token
+
+    def between(
+        self, layer: int, x: Float[Tensor, "batch length width"], heads: Heads
+    ) -> Float[Tensor, "batch kept width"]:
+        """Tokens between attention and MLP: all of them, or after the last attention one."""
+        return x[:, self.token, None] if layer == self.last else x
+
+
+def read_pictures(
+    model: ImageTextModel, pixels: UInt8[Tensor, "batch 3 size size"]
+) -> Float[Tensor, "batch joint"]:
+    """[CLS] in the joint space, of length 1."""
+    states = model.image(pixels, OneToken(model.image, 0))
+    return F.normalize(model.image_map(states[:, 0]), dim=-1)
+
+
+def read_captions(
+    model: ImageTextModel, ids: Int[Tensor, "batch length"]
+) -> Float[Tensor, "batch joint"]:
+    """[EOS], the last word of captions of equal length, in the joint space, of length 1."""
+    return F.normalize(model.text_map(model.text(ids, OneToken(model.text, -1))[:, 0]), dim=-1)
+
+
 def untrained(shape: Shape, seed: int) -> ImageTextModel:
     """A model with random weights."""
     torch.manual_seed(seed)
@@ -78,16 +120,13 @@ def pretrain(
 ) -> ImageTextModel:
     """CLIP on pictures and captions; pictures of one caption in a batch share their targets."""
     model = untrained(shape, seed).to(objects.pixels.device)
-    ids, mask = (
-        x.to(objects.pixels.device)
-        for x in caption_ids(objects.colours[:, None], objects.nouns[:, None])
-    )
+    ids, _ = caption_ids(objects.colours[:, None], objects.nouns[:, None])
+    ids = ids.to(objects.pixels.device)
     said = objects.colours * len(NOUNS) + objects.nouns
 
     def loss(model: ImageTextModel, index: Tensor) -> Tensor:
-        image = model.image_tokens(objects.pixels[index])[:, 0]
-        text = last_words(model.text_tokens(ids[index]), mask[index])
-        logits = model.scale * image @ text.T
+        image = read_pictures(model, objects.pixels[index])
+        logits = model.scale * image @ read_captions(model, ids[index]).T
         return symmetric_info_nce(logits, logits, shared_targets(said[index]))
 
     batches = index_batches(len(objects), batch, 1000 + seed)
@@ -100,9 +139,8 @@ def hand_prompts(model: ImageTextModel) -> Float[Tensor, "classes joint"]:
     """One vector a noun: the mean of "red apple", "green apple", ... in the joint space, of length 1."""
     colours = torch.arange(len(COLOURS)).repeat(len(NOUNS))[:, None]
     nouns = torch.arange(len(NOUNS)).repeat_interleave(len(COLOURS))[:, None]
-    ids, mask = caption_ids(colours, nouns)
-    device = model.log_scale.device
-    prompts = last_words(model.text_tokens(ids.to(device)), mask.to(device))
+    ids, _ = caption_ids(colours, nouns)
+    prompts = read_captions(model, ids.to(model.log_scale.device))
     return F.normalize(prompts.unflatten(0, (len(NOUNS), -1)).mean(1), dim=-1)
 
 
@@ -129,8 +167,9 @@ class Contexts(nn.Module):
         words = model.text.words[ids.to(device)]
         vectors = self.vectors.expand(len(NOUNS), -1, -1)
         embedded = torch.cat([words[:, :1], vectors, words[:, 2:]], dim=1)
-        states = model.text.states(embedded + model.text.positions[: embedded.shape[1]])
-        return F.normalize(model.text_map(states[:, -1]), dim=-1)
+        placed = embedded + model.text.positions[: embedded.shape[1]]
+        states = model.text.states(placed, OneToken(model.text, -1))
+        return F.normalize(model.text_map(states[:, 0]), dim=-1)
 
 
 # --- tuning ----------------------------------------------------------------------------------------
@@ -164,6 +203,10 @@ ARMS = {
     "R-MMT": Arm("MMT", strength=1.0),
     "R-PMT": Arm("PMT", strength=1.0),
 }
+ON_TWO = ("permuted", "R-MMT", "R-PMT")
+"""Arms that are trained on the two largest numbers of shots."""
+LEAN = ("R-AMT", "R-PMT")
+"""Arms of the seeds that are there for the comparisons with a wide spread alone."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +230,8 @@ def masked_features(
     model: ImageTextModel, masks: WeightMasks, pixels: UInt8[Tensor, "pictures 3 size size"]
 ) -> Float[Tensor, "pictures joint"]:
     """[CLS] in the joint space, of length 1, out of the masked image tower."""
-    return F.normalize(model.image_map(masks(model.image, pixels)[:, 0]), dim=-1)
+    states = masks(model.image, pixels, OneToken(model.image, 0))
+    return F.normalize(model.image_map(states[:, 0]), dim=-1)
 
 
 def new_masks(model: ImageTextModel, place: str) -> WeightMasks:
@@ -233,7 +277,7 @@ def tune_contexts(
     contexts = Contexts(count, model.text.words.shape[1], seed).to(shots.pixels.device)
     shots = views_of(shots, seed)
     with torch.no_grad():
-        image = model.image_tokens(shots.pixels)[:, 0]
+        image = read_pictures(model, shots.pixels)
 
     def loss(contexts: Contexts, index: Tensor) -> Tensor:
         logits = model.scale * image[index] @ contexts(model).T
@@ -271,7 +315,7 @@ def tune(
     def gradients(task: Tensor, logits: Tensor, seen: Tensor) -> list[Tensor]:
         if arm.strength:
             with torch.no_grad():
-                old = model.scale * model.image_tokens(seen)[:, 0] @ classes.T
+                old = model.scale * read_pictures(model, seen) @ classes.T
             imitation = imitation_loss(logits, old)
             return regularised_gradients(task, imitation, masks, arm.strength, generator)
         own = torch.autograd.grad(task, values)
@@ -329,14 +373,19 @@ class Setting:
     """What one profile trains.
 
     Attributes:
+        first, seeds: the first seed and their number.
+        full: so many of them train all arms, the rest `LEAN` alone.
         domain: of the shots, a key of `DOMAINS`.
         pictures: of pretraining; as many more hold the shots.
-        few: numbers of shots; the last one is that of the arms that are trained on one number alone.
+        few: numbers of shots; `most` are the last two, the last one is that of the arms that are trained on
+            one number alone.
         few_arms: arms that are trained on every number of shots, and on the base classes.
     """
 
     shape: Shape
+    first: int
     seeds: int
+    full: int
     domain: str
     pictures: int
     batch: int
@@ -351,19 +400,32 @@ class Setting:
         """Warm-up over a sixth of the steps, then a cosine to zero."""
         return TrainingPlan(self.steps, self.rate, 0.03, warmup=self.steps // 6, fused=True)
 
-    def runs(self) -> list[Run]:
+    @property
+    def most(self) -> tuple[int, ...]:
+        """The two largest numbers of shots."""
+        return self.few[-2:]
+
+    def numbered(self) -> range:
+        """The seeds."""
+        return range(self.first, self.first + self.seeds)
+
+    def runs(self, seed: int) -> list[Run]:
         """All trainings of a seed, in an order in which each finds what it needs."""
-        most = self.few[-1]
-        tuned = ("CoOp", *self.few_arms)
+        if seed >= self.first + self.full:
+            return [Run(arm, shots) for arm in LEAN for shots in self.most]
+        last, tuned = self.few[-1], ("CoOp", *self.few_arms)
         few = [Run(arm, shots) for arm in tuned for shots in self.few]
-        rest = [Run(arm, most) for arm in ARMS if arm not in self.few_arms]
-        return [*few, *rest, *(Run(arm, most, base=True) for arm in tuned)]
+        twice = [Run(arm, shots) for arm in ON_TWO for shots in self.most]
+        rest = [Run(arm, last) for arm in ARMS if arm not in (*self.few_arms, *ON_TWO)]
+        return [*few, *twice, *rest, *(Run(arm, last, base=True) for arm in tuned)]
 
 
 SETTINGS = {
     "smoke": Setting(
         Shape(patch=12, side=(21, 24), width=16, layers=1, heads=2),
-        seeds=3,
+        first=0,
+        seeds=4,
+        full=3,
         domain="striped",
         pictures=64,
         batch=16,
@@ -375,7 +437,9 @@ SETTINGS = {
     ),
     "cpu": Setting(
         Shape(patch=6, side=(21, 24)),
-        seeds=7,
+        first=20,
+        seeds=14,
+        full=6,
         domain="striped",
         pictures=3000,
         batch=64,
@@ -383,11 +447,13 @@ SETTINGS = {
         rate=2e-3,
         pool=1000,
         plan=TuningPlan(200, 16, 1e-4, 20, 300, 0.005),
-        few=(1, 2, 4, 16),
+        few=(1, 2, 8, 16),
     ),
     "gpu": Setting(
         Shape(size=96, patch=8, side=(72, 90), width=256, layers=8, heads=8),
+        first=0,
         seeds=8,
+        full=8,
         domain="striped",
         pictures=20_000,
         batch=512,
@@ -434,7 +500,7 @@ def tune_all(
     hand = hand_prompts(model)
     tuned: dict[str, Tuned] = {}
     contexts: dict[str, Tensor] = {}
-    for run in setting.runs():
+    for run in setting.runs(seed):
         shots = drawn.shots(run.shots, run.base)
         classes = BASE if run.base else len(NOUNS)
         if run.arm == "CoOp":
@@ -471,7 +537,7 @@ def build(target: Path, profile: str) -> None:
     """Pretrain and tune all seeds of a profile; write weights, masks and context vectors."""
     setting = SETTINGS[profile]
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
-    for seed in range(setting.seeds):
+    for seed in setting.numbered():
         objects = setting.shape.objects(setting.pictures, "train", seed).to(device)
         model = pretrain(setting.shape, objects, setting.batch, setting.pretraining(), seed)
         tuned, contexts = tune_all(setting, model, seed)
@@ -489,6 +555,7 @@ def build(target: Path, profile: str) -> None:
 class Seed:
     """The pretrained model of one seed and what was learnt on it, by `Run.key`."""
 
+    seed: int
     model: ImageTextModel
     tuned: dict[str, Tuned]
     contexts: dict[str, Float[Tensor, "contexts width"]]
@@ -497,7 +564,7 @@ class Seed:
 def load(profile: str = "cpu", device: torch.device | str = "cpu") -> list[Seed]:
     """All seeds of a profile, built on first use."""
     setting, directory = SETTINGS[profile], backbone_path("r_amt", profile)
-    return [_read(setting, directory, seed, device) for seed in range(setting.seeds)]
+    return [_read(setting, directory, seed, device) for seed in setting.numbered()]
 
 
 def _read(setting: Setting, directory: Path, seed: int, device: torch.device | str) -> Seed:
@@ -505,7 +572,7 @@ def _read(setting: Setting, directory: Path, seed: int, device: torch.device | s
     load_model(model, directory / f"clip-{seed}.safetensors")
     tensors = load_file(directory / f"tuned-{seed}.safetensors", str(device))
     tuned, contexts = {}, {}
-    for run in setting.runs():
+    for run in setting.runs(seed):
         if run.arm == "CoOp":
             contexts[run.key] = tensors[f"{run.key}/context"]
             continue
@@ -513,4 +580,4 @@ def _read(setting: Setting, directory: Path, seed: int, device: torch.device | s
         values = [tensors[f"{run.key}/{i}"] for i in range(matrices)]
         rest = {name: tensors[f"{run.key}/{name}"] for name in ("path", "losses", "dropped")}
         tuned[run.key] = Tuned(values, **rest)
-    return Seed(model.to(device).eval().requires_grad_(False), tuned, contexts)
+    return Seed(seed, model.to(device).eval().requires_grad_(False), tuned, contexts)
