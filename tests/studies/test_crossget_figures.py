@@ -119,7 +119,11 @@ def test_arms_are_differences_from_zero_of_the_same_seeds():
 
 def test_costs_stand_at_their_shares():
     plain = {"CGSM": ([1.0, 0.7], np.array([[0.0, -4.0], [0.0, -6.0]]))}
-    tuned = {"CGSM": (0.69, [-1.0, -3.0]), "CrossGET": (0.7, [-2.0, -2.5])}
+    tuned = {
+        "CGSM": (0.69, [-1.0, -3.0]),
+        "CrossGET": (0.7, [-2.0, -2.5]),
+        "text": (1.01, [-7.0, -9.0]),
+    }
     figure = draw_costs(tuned, plain, {"both": (0.52, -0.85)})
     before, after = figure.axes
     assert list(before.lines[0].get_xdata()) == [1.0, 0.7]
@@ -130,10 +134,12 @@ def test_costs_stand_at_their_shares():
         for x, y in zip(np.ravel(line.get_xdata()), np.ravel(line.get_ydata()), strict=True)
     }
     assert found["x", -0.85] == 0.52
-    assert abs(found["D", -2.0] - 0.69) < 0.05
-    assert abs(found["D", -2.25] - 0.7) < 0.05
-    assert found["D", -2.0] == found[".", -3.0]
+    assert found["D", -2.0] == found[".", -3.0] == 0.69
+    assert found["D", -2.25] == 0.7 + 0.012
+    assert found["D", -8.0] == 1.01
     named = {text.get_text(): text.get_color() for text in after.texts}
-    assert set(named) == {"CrossGET", "paper: both"}
-    assert to_rgba(named["CrossGET"]) == to_rgba(ARM_COLOURS["CrossGET"])
-    assert [text.get_text() for text in after.get_legend().get_texts()] == ["CGSM"]
+    assert set(named) == {"text", "paper: both"}
+    assert to_rgba(named["text"]) == to_rgba(ARM_COLOURS["CrossGET"])
+    legend = [text.get_text() for text in after.get_legend().get_texts()]
+    assert legend == ["CGSM", "CrossGET"]
+    assert before.get_ylim() != after.get_ylim()

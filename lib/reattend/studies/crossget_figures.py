@@ -159,35 +159,43 @@ def draw_costs(
 ) -> Figure:
     """Change of mean R@1 against the share of the dense multiply-adds, with and without fine-tuning.
 
-    Fine-tuned arms of equal cost stand a little apart; CrossGET's are named in the picture.
+    Fine-tuned arms of equal cost stand a little apart, in the legend's order; variants of CrossGET at other
+    costs, and the paper's rows, are named beside their marks. Each panel has its own scale.
 
     Args:
         tuned: arm -> share of the cost and a change a seed, against the dense model fine-tuned alike.
         plain: matching -> shares of the cost and changes without fine-tuning, against the dense model before it.
         reported: the paper's rows: share of its cost, change against its dense model.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.8), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.2))
     for name, (shares, values) in plain.items():
         means = values.mean(0)
         axes[0].plot(shares, means, "o-", color=ARM_COLOURS[name], label=name, ms=3)
         for row in values:
             axes[0].plot(shares, row, ".", color=ARM_COLOURS[name], alpha=0.35, ms=4)
     for number, (name, (share, values)) in enumerate(tuned.items()):
-        colour, place = ARM_COLOURS[name], share + 0.006 * (number % 6)
-        named = colour == ARM_COLOURS["CrossGET"]
+        variant = name != "CrossGET" and ARM_COLOURS[name] == ARM_COLOURS["CrossGET"]
+        colour, place = ARM_COLOURS[name], share if variant else share + 0.012 * number
+        label = None if variant else name
         axes[1].plot([place] * len(values), values, ".", color=colour, alpha=0.4)
-        axes[1].plot(place, np.mean(values), "D", color=colour, ms=6, label=None if named else name)
-        if named:
-            axes[1].annotate(name, (place, np.mean(values)), xytext=(6, 3), fontsize=8,
-                             textcoords="offset points", color=colour)  # fmt: skip
+        axes[1].plot(place, np.mean(values), "D", color=colour, ms=6, label=label)
+        if variant:
+            _name(axes[1], name, place, float(np.mean(values)), colour, -6.0)
     for name, (share, change) in reported.items():
         axes[1].plot(share, change, "x", color=REPORTED, ms=8, mew=2)
-        axes[1].annotate(f"paper: {name}", (share, change), xytext=(6, 6), fontsize=7,
-                         textcoords="offset points", color="0.4")  # fmt: skip
+        _name(axes[1], f"paper: {name}", share, change, "0.4", 6.0)
     for axis, title in zip(axes, ("without fine-tuning", "fine-tuned"), strict=True):
         axis.axhline(0, color=BASELINE, lw=1)
         axis.set(xlabel="multiply-adds, share of the dense model", title=title)
+    axes[0].legend(loc="lower right")
+    axes[1].legend(loc="lower center")
     axes[0].set(ylabel="mean R@1 minus dense, points")
-    for axis in axes:
-        axis.legend()
+    axes[1].margins(x=0.2)
     return figure
+
+
+def _name(axis: Axes, text: str, x: float, y: float, colour: str, up: float) -> None:
+    """A name beside a mark: right of it between the crowd at half of the cost and the right edge, else left."""
+    right = 0.55 < x < 0.9
+    axis.annotate(text, (x, y), xytext=(8 if right else -8, up), textcoords="offset points",
+                  ha="left" if right else "right", va="center", fontsize=8, color=colour)  # fmt: skip
