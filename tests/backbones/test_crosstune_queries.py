@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from reattend.backbones.pretrained import minilm
+from reattend.backbones.trained import crosstune
 from reattend.backbones.trained.crosstune import (
     SETTINGS,
     WORDS,
@@ -18,6 +19,7 @@ from reattend.backbones.trained.crosstune import (
     write,
     writing_prompt,
 )
+from reattend.project import load_yaml
 
 SENTENCES = [
     "Who built it ?",
@@ -93,6 +95,32 @@ def test_writing_continues_its_own_prompt(tiny):
         assert own == [expected, expected]
 
 
+def test_lines_that_have_ended_are_not_read_on(tiny, monkeypatch):
+    """What the others say does not change, and it is what the model says behind each prompt alone."""
+    sharp = LlamaForCausalLM(tiny.config)
+    sharp.load_state_dict(tiny.state_dict())
+    with torch.no_grad():
+        sharp.lm_head.weight.mul_(1e4)
+        sharp.lm_head.weight[LETTERS.convert_tokens_to_ids("\n")] *= 1.5  # some lines end
+    read, rows = crosstune._read, []
+    monkeypatch.setattr(crosstune, "_read", lambda m, *a: rows.append(len(a[0])) or read(m, *a))
+    prompts = [*SENTENCES, "a", "who", "what is", "B", "Why not ?"]
+    lines = write(sharp.eval(), LETTERS, prompts, 2, torch.Generator().manual_seed(0), longest=8)
+    ended = 0
+    for prompt, own in zip(prompts, lines, strict=True):
+        ids = LETTERS(prompt).input_ids
+        for _ in range(8):
+            with torch.no_grad():
+                ids.append(int(sharp(torch.tensor([ids])).logits[0, -1].argmax()))
+        whole = LETTERS.decode(ids[-8:], skip_special_tokens=True)
+        ended += "\n" in whole
+        assert own == [whole.split("\n")[0].strip()] * 2
+    assert 0 < ended < len(prompts)
+    assert rows[0] == len(prompts)
+    assert rows[1:] == sorted(rows[1:], reverse=True)
+    assert rows[-1] <= 2 * (len(prompts) - 2)
+
+
 def test_what_is_written_is_new():
     lines = [
         "Who is he ?",
@@ -111,7 +139,11 @@ def test_the_prompt_leaves_the_next_number_open():
     assert writing_prompt("Kind.", ["a b", "c d"]) == "Kind.\n\n1. a b\n2. c d\n3."
 
 
-def test_settings_and_words_fit():
+def test_settings_and_words_fit(root):
     assert all(len(words) == 6 for words in WORDS)
-    for setting in SETTINGS.values():
-        assert setting.seeds == tuple(range(len(setting.seeds)))
+    parameters = load_yaml((root / "params.yaml").read_text())["papers"]["crosstune"]
+    for profile, setting in SETTINGS.items():
+        first, count = (parameters[profile][name] for name in ("draws", "written"))
+        assert setting.seeds == tuple(
+            range(first, first + count)
+        )  # none of the other claims' draws

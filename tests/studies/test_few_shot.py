@@ -120,6 +120,18 @@ def test_scorer_learns_the_shots_and_is_the_same_for_one_seed():
     assert not torch.equal(scorer.query, other.query)
 
 
+def test_copies_of_the_shots_change_nothing():
+    """So further texts have no placebo of equal size but to have none: the loss is a mean over full batches."""
+    plan = ScorerPlan(heads=4, scale=10.0, steps=40, learning_rate=1e-3)
+    alone, _ = fit_scorer(SHOTS, LABELS, DESCRIPTIONS, plan, 0)
+    thrice, _ = fit_scorer(SHOTS.repeat(3, 1), LABELS.repeat(3), DESCRIPTIONS, plan, 0)
+    other, _ = fit_scorer(SHOTS.repeat(3, 1), LABELS.roll(1).repeat(3), DESCRIPTIONS, plan, 0)
+    torch.testing.assert_close(
+        thrice(OTHERS, DESCRIPTIONS), alone(OTHERS, DESCRIPTIONS), rtol=0, atol=1e-3
+    )
+    assert (other(OTHERS, DESCRIPTIONS) - alone(OTHERS, DESCRIPTIONS)).abs().max() > 1e-2
+
+
 def test_prompt_search_takes_what_fits_the_shots():
     rng = torch.Generator().manual_seed(0)
     labels = torch.arange(30) % 3
@@ -258,6 +270,7 @@ def test_further_data_are_set_against_none_draw_by_draw():
     assert table["minus never"].tolist() == pytest.approx([0, 2])
     assert table["± (95 %)"][1] == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
     assert table["of them used, %"].tolist() == [0, 50]
+    assert table["draws"].tolist() == [3, 3]
     assert table["accuracy, %"].tolist() == pytest.approx([60, 62])
 
 

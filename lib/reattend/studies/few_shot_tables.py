@@ -87,7 +87,12 @@ def switch_table(switched: pd.DataFrame) -> pd.DataFrame:
     for kind in dict.fromkeys(switched.data):
         for use in dict.fromkeys(switched.use):
             part = by_use.loc[kind, use]
-            line = {"further data": kind, "used": use, "texts": part.texts.mean()}
+            line = {
+                "further data": kind,
+                "used": use,
+                "draws": len(part),
+                "texts": part.texts.mean(),
+            }
             line |= {"of them used, %": 100 * part.kept.mean()}
             line |= {"accuracy, %": part.accuracy.mean()}
             line |= {"log-probability, nats": part.log_probability.mean()}
