@@ -8,6 +8,8 @@ import torch
 from reattend.backbones.trained import inline_attention as build
 from reattend.backbones.trained.inline_attention import (
     ARMS,
+    CLOSE,
+    FIRST_SEED,
     MAIN,
     SETTINGS,
     centred,
@@ -51,6 +53,15 @@ def test_profiles_train_known_arms_and_every_canvas_once_at_cpu():
     cpu = SETTINGS["cpu"]
     assert cpu.arms == MAIN
     assert cpu.steps * cpu.batch <= cpu.train_canvases
+
+
+def test_arms_of_open_questions_have_more_seeds_and_none_that_earlier_runs_had():
+    cpu = SETTINGS["cpu"]
+    assert set(CLOSE) <= set(MAIN)
+    for arm in cpu.arms:
+        seeds = cpu.seeds_of(arm)
+        assert len(seeds) == (7 if arm in CLOSE else 4)
+        assert min(seeds) == FIRST_SEED == 4
 
 
 def test_unknown_arms_are_refused():
@@ -106,7 +117,8 @@ def test_arms_of_one_seed_read_the_same_pictures(monkeypatch):
 
 
 def test_building_and_reading_back(tmp_path, monkeypatch):
-    setting = replace(SETTINGS["smoke"], arms=("softmax", "InLine + residual"), seeds=2)
+    arms = ("softmax", "InLine + residual")
+    setting = replace(SETTINGS["smoke"], arms=arms, seeds=2, more_seeds=3)
     monkeypatch.setitem(SETTINGS, "smoke", setting)
     monkeypatch.setattr(build, "backbone_path", lambda name, profile: tmp_path)
     build.build(tmp_path, "smoke")
@@ -114,10 +126,10 @@ def test_building_and_reading_back(tmp_path, monkeypatch):
     assert list(trained.models) == ["softmax", "InLine + residual"]
     pixels, labels = build.garment_canvases("train", setting.train_canvases, seed=0)
     for arm, found in trained.models.items():
-        assert trained.losses[arm].shape == (2, setting.steps)
-        for seed, model in enumerate(found):
-            again, losses = build.fit(arm, setting, pixels, labels, seed)
-            assert torch.equal(losses, trained.losses[arm][seed])
+        assert trained.losses[arm].shape == (3 if arm in CLOSE else 2, setting.steps)
+        for number, model in enumerate(found):
+            again, losses = build.fit(arm, setting, pixels, labels, FIRST_SEED + number)
+            assert torch.equal(losses, trained.losses[arm][number])
             assert torch.equal(again.head.weight, model.head.weight)
             assert not model.training
     assert trained.pixels.shape == (setting.test_canvases, 1, 32, 32)
