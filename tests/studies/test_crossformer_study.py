@@ -20,6 +20,7 @@ from reattend.studies.crossformer import (
     on_larger_canvas,
     sees,
     small_garments,
+    steps_to_solve,
 )
 from reattend.studies.crossformer_figures import (
     draw_arms,
@@ -30,6 +31,8 @@ from reattend.studies.crossformer_figures import (
     draw_sizes,
     draw_tokens,
 )
+from reattend.studies.pairs import accuracy
+from reattend.training.loop import TrainingPlan
 
 SMOKE = SETTINGS["smoke"]
 
@@ -101,6 +104,37 @@ def test_token_classifiers_of_one_seed_start_alike():
             assert all(torch.equal(state[name], weights) for name, weights in first.items())
 
 
+def test_training_stops_where_the_task_is_solved():
+    """An easy task is solved within the steps, its reverse is not; the next check after solving ends it."""
+
+    def draw(generator, items=16):
+        x = torch.randn(items, 2, generator=generator)
+        return x, (x[:, 0] > 0).long()
+
+    inputs, labels = draw(torch.Generator().manual_seed(9), 400)
+    plan = TrainingPlan(200, 0.05, weight_decay=0.0, schedule="constant")
+    torch.manual_seed(0)
+    start = nn.Linear(2, 2).state_dict()
+
+    def run(check, share, every):
+        model = nn.Linear(2, 2)
+        model.load_state_dict(start)
+        return (*steps_to_solve(model, draw, plan, 3, check, share, every), accuracy(model, *check))
+
+    fine, solved, reached = run((inputs, labels), 95.0, 1)
+    assert solved
+    assert 1 < fine < 200
+    assert reached >= 95
+    coarse, solved, _ = run((inputs, labels), 95.0, 30)
+    assert solved
+    assert coarse % 30 == 0
+    assert fine <= coarse
+    assert run((inputs, labels), 95.0, 1)[0] == fine  # batches depend on the seed alone
+    steps, solved, reached = run((inputs, 1 - labels), 95.0, 30)
+    assert (steps, solved) == (200, False)
+    assert reached < 50
+
+
 def test_small_garments():
     pixels, labels = small_garments("test", [8, 1], 8)
     assert pixels.shape[1:] == (1, 8, 8)
@@ -170,7 +204,11 @@ def test_figures_draw_every_arm():
     drawn = draw_tokens(
         {"SDA, LDA": [95.0, 96.0, 97.0], "SDA twice": []},  # not trained
         {"SDA, LDA": 100.0, "SDA twice": 33.0},
+        {"SDA, LDA": [100, 200, 400]},
+        2000,
     )
+    assert drawn.axes[1].lines[0].get_xdata().tolist() == [100, 200, 400]
+    assert drawn.axes[1].lines[1].get_xdata()[0] == 2000
     assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == [
         "SDA, LDA",
         "SDA twice",

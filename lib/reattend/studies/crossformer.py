@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from reattend.backbones.trained.inline_attention import centred
 from reattend.data.images import fashion_mnist
 from reattend.studies.inline_attention import nats_and_accuracy
+from reattend.studies.pairs import Draw, accuracy
+from reattend.training.loop import TrainingPlan, train
 from reattend.vision.crossformer import (
     CrossFormer,
     DynamicPositionBias,
@@ -72,6 +74,10 @@ def sees(attentions: Sequence[nn.Module], width: int, side: int) -> Bool[Tensor,
     return (changed.abs().amax(1) > 1e-13).T
 
 
+LONE_SEED = 8
+"""First seed of `TokenClassifier`; 0 to 7 were those of earlier runs."""
+
+
 class TokenClassifier(nn.Module):
     """Two blocks of an arm on maps of size^2 tokens a side, and a class for every token.
 
@@ -107,6 +113,42 @@ class TokenClassifier(nn.Module):
     ) -> Float[Tensor, "batch classes rows columns"]:
         features = self.network.features(centred(pixels)).movedim(1, -1)
         return self.network.head(features).movedim(-1, 1)
+
+
+def steps_to_solve(
+    model: nn.Module,
+    draw: Draw,
+    plan: TrainingPlan,
+    seed: int,
+    check: tuple[Tensor, Tensor],
+    share: float,
+    every: int = 25,
+) -> tuple[int, bool]:
+    """Train a classifier in place on batches that depend on `seed` alone, until it solves its task.
+
+    Args:
+        check: inputs and labels; it is solved when `share` per cent of the answers on them are right, which is
+            asked after `every` steps, 2 `every`, ...
+
+    Returns:
+        Steps taken, at most `plan.steps`, and whether it is solved.
+    """
+    device = next(model.parameters()).device
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        generator = Generator().manual_seed(1_000 + seed)
+        while True:
+            inputs, labels = draw(generator)
+            yield inputs.to(device), labels.to(device)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def solved(model: nn.Module) -> bool:
+        return accuracy(model, *check) >= share
+
+    log = train(model, batches(), loss, plan, stop=solved, check_every=every)
+    return log.steps, log.stopped_early
 
 
 def small_garments(

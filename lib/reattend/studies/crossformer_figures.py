@@ -91,23 +91,36 @@ def draw_reach(
     return figure
 
 
-def draw_tokens(accuracy: Mapping[str, Sequence[float]], bound: Mapping[str, float]) -> Figure:
-    """Share of tokens that name the lone garment, every seed, and what those that cannot hear of it allow.
+def draw_tokens(
+    accuracy: Mapping[str, Sequence[float]],
+    bound: Mapping[str, float],
+    steps: Mapping[str, Sequence[int]],
+    most: int,
+) -> Figure:
+    """Share of tokens that name the lone garment, what those that cannot hear of it allow, and the steps it took.
 
     Args:
         accuracy: arm -> seeds; none where the arm was not trained.
         bound: arm -> accuracy when all that hear of the garment are right and the others guess.
+        steps: arm -> seeds; steps until the task was solved, `most` where it was not.
     """
-    figure, axis = plt.subplots(figsize=(8, 0.36 * len(accuracy) + 1.1))
+    size = (10, 0.36 * len(accuracy) + 1.1)
+    figure, (axis, taken) = plt.subplots(1, 2, figsize=size, sharey=True, width_ratios=(3, 2))
     for place, (arm, values) in enumerate(accuracy.items()):
+        colour = BASELINE if arm == "full attention" else colour_of(arm)
         if len(values):
-            mean_point(axis, values, place, BASELINE if arm == "full attention" else colour_of(arm))
+            mean_point(axis, values, place, colour)
+            taken.plot(steps[arm], [place] * len(values), "o", color=colour, ms=5, alpha=0.6)
         label = "all that hear of it right, the others guess" if place == 0 else None
         axis.plot(bound[arm], place, "|", color="black", ms=16, mew=1.5, label=label)
     axis.set_yticks(range(len(accuracy)), list(accuracy))
     axis.invert_yaxis()
     axis.set(xlabel="tokens that name the garment (%)", xlim=(0, 102))
-    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.18))
+    taken.axvline(most, color="black", ls=":", lw=1, label="not solved")
+    taken.set(xlabel="training steps until it is solved", xscale="log")
+    taken.set_xlim(most / 100, 1.3 * most)
+    for panel in (axis, taken):
+        panel.legend(loc="upper left", bbox_to_anchor=(0, -0.18))
     return figure
 
 

@@ -67,15 +67,15 @@ class Arm:
 
 
 ARMS = {
-    "CEL": Arm((4, 8, 16, 32), (2, 4)),
+    "CEL": Arm((4, 8, 16, 32), (2, 4), close=True),
     "one kernel": Arm((4,), (2,)),
-    "one wide kernel": Arm((14,), (4,)),
+    "one wide kernel": Arm((14,), (4,), close=True),
     "LSDA": Arm(close=True),
     "shifted windows": Arm(blocks=("SDA", "shifted")),
     "spatial reduction": Arm(blocks=("reduced", "reduced")),
     "random groups": Arm(blocks=("SDA", "random")),
     "SDA only": Arm(blocks=("SDA", "SDA")),
-    "LDA only": Arm(blocks=("LDA", "LDA")),
+    "LDA only": Arm(blocks=("LDA", "LDA"), close=True),
     "table": Arm(position="table", position_rate=10.0, close=True),
     "no bias": Arm(position="none"),
 }
@@ -137,13 +137,13 @@ DECIDABLE = tuple(arm for arm in ARMS if arm != "spatial reduction")
 SETTINGS = {
     "smoke": Setting(
         DECIDABLE,
-        Training(Layout(8, (1, 1), (1, 2)), 8, 2, 4e-3, 2, 2),
+        Training(Layout(8, (1, 1), (1, 2)), 8, 2, 4e-3, 2, 3),
         Training(Layout(8, (2,), (1,)), 8, 2, 4e-3, 2, 3),
         *(60, 40),
     ),
     "cpu": Setting(
         DECIDABLE,
-        Training(Layout(24, (1, 1), (2, 4)), 32, 800, 4e-3, 4, 4),
+        Training(Layout(24, (1, 1), (2, 4)), 32, 800, 4e-3, 4, 8),
         Training(Layout(32, (2,), (2,)), 24, 600, 5e-3, 4, 8),
         *(25_600, 2000),
     ),
