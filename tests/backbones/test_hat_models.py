@@ -1,24 +1,33 @@
 """The arms of HAT's study: what they share, what their placebos lack, and what they are trained on."""
 
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from reattend.backbones.trained import hat as build
 from reattend.backbones.trained.hat import (
     ARMS,
     DENOISING,
+    ENLARGING,
+    EQUAL_PARAMETERS,
     GAIN,
+    PARTS,
     RIVALS,
     SETTINGS,
     SIGNS,
+    equal_time_steps,
     faster_tables,
     fit_restorer,
     fit_solver,
+    step_runs,
     untrained_restorer,
     untrained_solver,
 )
 from reattend.trunks.language import parameter_count
+from reattend.trunks.vision import multiply_adds
 
 
 def test_arms_of_a_seed_share_their_weights():
@@ -115,3 +124,60 @@ def test_restorers_of_every_profile_take_a_step(profile):
     assert len(log.losses) == 1
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert model(x).shape == (1, 3, 32 * setting.scale, 32 * setting.scale)
+
+
+def test_the_grid_of_parts_at_equal_parameters_and_cost():
+    """Each part on and off: without its idea the layers stay, in the paper's grid they go."""
+    for arms, off in ((PARTS, {"off"}), (EQUAL_PARAMETERS, {"own", "blind"})):
+        corners = {tuple(ARMS[arm].get(part, "on") for part in ("ocab", "cab")) for arm in arms}
+        assert len(corners) == 4
+        assert {value for corner in corners for value in corner} == off | {"on"}
+    picture = torch.zeros(1, 3, 16, 16)
+    counted = {
+        arm: (parameter_count(model), multiply_adds(model.eval(), picture))
+        for arm in (*PARTS, *EQUAL_PARAMETERS)
+        for model in [untrained_restorer(arm, DENOISING, 0)]
+    }
+    assert {counted[arm] for arm in EQUAL_PARAMETERS} == {counted["HAT"]}
+    assert len({counted[arm] for arm in PARTS}) == 4
+    assert set(PARTS[:-1]) == set(ENLARGING.equal_time)
+    assert {*PARTS, *EQUAL_PARAMETERS} <= set(ENLARGING.arms)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(90, {"SwinIR": 60, "+ CAB": 20}), (50, None)])
+def test_equal_time_is_steps_times_the_ratio_of_costs(monkeypatch, most, expected):
+    """HAT's step costs three times SwinIR's and half of the other's; which does not get fewer steps than HAT."""
+    cost = {"HAT": 0.009, "SwinIR": 0.003, "+ CAB": 0.018}
+    monkeypatch.setattr(
+        build, "step_runs", lambda arms, *_: {a: partial(time.sleep, cost[a]) for a in arms}
+    )
+    setting = replace(DENOISING, steps=20, equal_time=("SwinIR", "+ CAB"), most=most)
+    found = equal_time_steps(setting, rounds=3)
+    assert found == pytest.approx(expected or {"SwinIR": 50, "+ CAB": 20}, rel=0.15)
+    assert max(found.values()) <= most
+
+
+def test_nothing_is_timed_where_no_arm_is_trained_for_equal_time():
+    assert equal_time_steps(DENOISING) == {}
+
+
+def test_a_timed_run_is_the_training_itself():
+    setting = replace(DENOISING, batch=1, crop=16)
+    log = step_runs(["SwinIR"], setting, steps=3)["SwinIR"]()
+    _, whole = fit_restorer("SwinIR", replace(setting, steps=3), 0)
+    assert log.losses == whole.losses
+
+
+def test_arms_of_equal_time_are_read_back_with_their_own_steps(tmp_path, monkeypatch):
+    shorter = replace(SETTINGS["smoke"].restoration, most=5)
+    quick = replace(SETTINGS["smoke"], seeds=1, restoration=shorter)
+    monkeypatch.setitem(SETTINGS, "smoke", quick)
+    monkeypatch.setattr(build, "equal_time_steps", lambda *_: {"SwinIR": 4})
+    monkeypatch.setattr(build, "backbone_path", lambda *_: tmp_path)
+    build.build(tmp_path, "smoke")
+    trained = build.load("smoke")
+    assert trained.losses["equal time"]["SwinIR"].shape == (1, 4)
+    assert trained.losses["restoration"]["SwinIR"].shape == (1, 2)
+    again, _ = fit_restorer("SwinIR", replace(shorter, steps=4), 0)
+    read = trained.networks["equal time"]["SwinIR"][0].state_dict()
+    assert all(torch.equal(weights, read[name]) for name, weights in again.state_dict().items())

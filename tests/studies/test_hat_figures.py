@@ -39,6 +39,19 @@ def test_errors_stand_at_their_means():
     assert diamonds == [92, 2]
 
 
+def test_errors_lie_inside_every_panel_and_arms_are_named_once():
+    arms = {"SwinIR": torch.tensor([105.0, 110, 115]), "HAT": torch.tensor([1.0, 2, 3])}
+    other = {"HAT": torch.tensor([1.0, 2, 3])}
+    axes = draw_errors({"plain": arms, "neither": arms, "gain": other}, {}).axes
+    names = [[label.get_text() for label in axis.get_yticklabels()] for axis in axes]
+    assert names == [["SwinIR", "HAT"], ["", ""], ["HAT"]]
+    for axis in axes:
+        assert axis.get_xlim() == axes[0].get_xlim()
+        assert axis.get_xlim()[0] == -4
+        assert axis.get_xlim()[1] > 117  # as far as the interval
+        assert axis.get_ylim()[0] > axis.get_ylim()[1]
+
+
 def test_error_maps_hide_pixels_without_a_source():
     figure = draw_error_maps(dict.fromkeys("ab", torch.full((6, 6), 0.5)), window=4, distance=2)
     shown = figure.axes[0].images[0].get_array().filled(np.nan)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from reattend.studies.hat import (
     gain_contributions,
     gain_diffusion,
     mean_error,
+    mean_psnr,
     middle_crops,
     photograph_scores,
     pixel_classes,
@@ -145,3 +147,15 @@ def test_sizes_are_near_the_published_ones():
     for name, (count, adds) in reported.items():
         assert sizes.parameters[name] == pytest.approx(count, abs=0.05)
         assert sizes.multiply_adds[name] == pytest.approx(adds, rel=0.02)
+
+
+def test_mean_psnr_is_a_mean_over_photographs_of_every_seed():
+    rows = [
+        ("HAT", 0, "a", 30.0),
+        ("HAT", 0, "b", 32.0),
+        ("HAT", 1, "a", 31.0),
+        ("HAT", 1, "b", 35.0),
+    ]
+    rows += [("SwinIR", 0, "a", 20.0), ("SwinIR", 0, "b", 21.0)]
+    scores = pd.DataFrame(rows, columns=["arm", "seed", "photograph", "psnr"])
+    assert mean_psnr(scores) == {"HAT": [31.0, 33.0], "SwinIR": [20.5]}

@@ -136,6 +136,12 @@ def photograph_scores(
     return pd.DataFrame(rows)
 
 
+def mean_psnr(scores: pd.DataFrame) -> dict[str, list[float]]:
+    """Mean over photographs of the PSNR of `photograph_scores`, every seed, by arm."""
+    means = scores.groupby(["arm", "seed"], sort=False).psnr.mean()
+    return {arm: found.tolist() for arm, found in means.groupby("arm", sort=False)}
+
+
 def structured_patches(
     count: int, side: int, patch: int
 ) -> dict[str, Float[Tensor, "3 side side"]]:

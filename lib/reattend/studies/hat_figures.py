@@ -60,20 +60,25 @@ def draw_errors(
 ) -> Figure:
     """A panel for each kind of pixel: error of every arm and seed, mean and 95 % interval.
 
+    Arms are named where they differ from those of the panel before; all panels have one scale.
+
     Args:
         lines: panel -> what a dotted line says -> where it stands.
     """
-    most = max(len(arms) for arms in panels.values())
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.9 * len(panels), 0.36 * most + 1.6))
+    most, named = max(len(arms) for arms in panels.values()), []
+    size = (2.9 * len(panels), 0.36 * most + 1.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharex=True)
     for axis, (title, arms) in zip(axes, panels.items(), strict=True):
         for place, (arm, values) in enumerate(arms.items()):
             mean_point(axis, values.numpy(), place, colour_of(arm))
         for number, (name, value) in enumerate(lines.get(title, {}).items()):
             axis.axvline(value, color="black", ls=(":", "--")[number % 2], lw=1, label=name)
-        axis.set(xlabel="error, % of variance", xlim=(-4, 110))
+        axis.set(xlabel="error, % of variance")
         axis.set_title(title, fontsize=9)
-        axis.set_yticks(range(len(arms)), list(arms))
-        axis.invert_yaxis()
+        axis.set_yticks(range(len(arms)), [""] * len(arms) if list(arms) == named else list(arms))
+        axis.set_ylim(len(arms) - 0.5, -0.5)
+        named = list(arms)
+    axes[0].set_xlim(left=-4)
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return figure
 

@@ -6,11 +6,12 @@ in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from reattend.backbones.store import backbone_path
 from reattend.data.photographs import photographs, random_crops, spoil
 from reattend.data.window_tasks import Maps, displaced_signs, faint_gain, has_source
+from reattend.timing import paired_ratio
 from reattend.training.loop import TrainingLog, TrainingPlan, train
 from reattend.vision.hat import HAT, ChannelAttention, HATConfig, HybridGroup, initialise
 
@@ -34,9 +36,15 @@ ARMS: dict[str, dict[str, str | float]] = {
     "+ CAB, blind": {"cab": "blind", "ocab": "off"},
     "HAT": {},
     "HAT, placebo": {"cab": "blind", "ocab": "own"},
+    "HAT, own window": {"ocab": "own"},
+    "HAT, blind": {"cab": "blind"},
 }
 """What each arm has of HAT. "gamma 0" and "own window" have OCAB's parameters and cost, not its reach;
-"blind" has the CAB's convolutions under a gate that is the same for all pictures."""
+"blind" has the CAB's convolutions under a gate that is the same for all pictures. "placebo" is both."""
+PARTS = ("SwinIR", "+ OCAB", "+ CAB", "HAT")
+"""The paper's 2 x 2 table of modules: what an arm lacks it does not pay for."""
+EQUAL_PARAMETERS = ("HAT, placebo", "HAT, blind", "HAT, own window", "HAT")
+"""The same at equal parameters and cost: without OCAB's reach and CAB's gate, without the gate, without the reach."""
 RIVALS = {"EDSR": True, "RCAN": False}
 """Residual convolutions in the place of the groups, with a blind channel attention (none, then) or a seeing one."""
 
@@ -64,7 +72,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Restoration:
-    """Restoring photographs: shrunk by `scale`, with normal noise of deviation `noise` (of colours in [0, 1])."""
+    """Restoring photographs: shrunk by `scale`, with normal noise of deviation `noise` (of colours in [0, 1]).
+
+    Attributes:
+        equal_time: arms that are trained once more, for as long as HAT's `steps` take.
+        most: steps that these have at most.
+    """
 
     arms: tuple[str, ...]
     config: HATConfig
@@ -74,6 +87,8 @@ class Restoration:
     steps: int
     batch: int
     rate: float
+    equal_time: tuple[str, ...] = ()
+    most: int = 0
 
 
 @dataclass(frozen=True)
@@ -217,25 +232,73 @@ def untrained_restorer(arm: str, setting: Restoration, seed: int) -> HAT:
     return untrained(make, setting.config, arm, seed)
 
 
+def restoration_batches(
+    setting: Restoration, seed: int, device: torch.device | str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of spoilt and clean random crops of the photographs of nature."""
+    generator = Generator().manual_seed(1000 + seed)
+    photos = list(photographs("train").values())
+    while True:
+        clean = random_crops(photos, setting.batch, setting.crop * setting.scale, generator)
+        spoilt = spoil(clean, setting.scale, setting.noise, generator)
+        yield spoilt.to(device), clean.to(device)
+
+
+def absolute_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
+    """Mean absolute error of restored crops."""
+    return F.l1_loss(model(batch[0]), batch[1])
+
+
 def fit_restorer(
     arm: str, setting: Restoration, seed: int, device: torch.device | str = "cpu"
 ) -> tuple[HAT, TrainingLog]:
     """A network trained by its mean absolute error on random crops of the photographs of nature."""
     model = untrained_restorer(arm, setting, seed).to(device)
-    generator = Generator().manual_seed(1000 + seed)
-    photos = list(photographs("train").values())
+    batches, plan = restoration_batches(setting, seed, device), plan_of(setting.steps, setting.rate)
+    return model, train(model, batches, absolute_error, plan, groups=faster_tables)
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            clean = random_crops(photos, setting.batch, setting.crop * setting.scale, generator)
-            spoilt = spoil(clean, setting.scale, setting.noise, generator)
-            yield spoilt.to(device), clean.to(device)
 
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.l1_loss(model(batch[0]), batch[1])
+def step_runs(
+    arms: Sequence[str], setting: Restoration, device: torch.device | str = "cpu", steps: int = 2
+) -> dict[str, Callable[[], TrainingLog]]:
+    """For every arm a call that trains one network for some steps more: what a step costs, to be timed in turns."""
+    plan = plan_of(steps, setting.rate)
 
-    log = train(model, batches(), loss, plan_of(setting.steps, setting.rate), groups=faster_tables)
-    return model, log
+    def run(arm: str) -> Callable[[], TrainingLog]:
+        model = untrained_restorer(arm, setting, 0).to(device)
+        batches = restoration_batches(setting, 0, device)
+        return lambda: train(model, batches, absolute_error, plan, groups=faster_tables)
+
+    return {arm: run(arm) for arm in arms}
+
+
+def equal_time_steps(
+    setting: Restoration, device: torch.device | str = "cpu", rounds: int = 9
+) -> dict[str, int]:
+    """Steps that every arm of `equal_time` takes in the time of HAT's `steps`.
+
+        steps(arm) = steps x median over rounds of (seconds of HAT's step / seconds of the arm's),
+
+    measured on this device in turns, never fewer than HAT's steps nor more than `most`.
+    """
+    if not setting.equal_time:
+        return {}
+    device = torch.device(device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    runs = step_runs((*setting.equal_time, "HAT"), setting, device)
+    found = {}
+    for arm in setting.equal_time:
+        ratio = paired_ratio(runs["HAT"], runs[arm], rounds=rounds, synchronise=wait)
+        steps = round(setting.steps * float(np.median(ratio)))
+        found[arm] = min(max(steps, setting.steps), setting.most)
+    return found
+
+
+def fit_as_long(
+    arm: str, setting: Restoration, seed: int, steps: Mapping[str, int], device: torch.device | str
+) -> tuple[HAT, TrainingLog]:
+    """`fit_restorer` for an arm's own number of steps."""
+    return fit_restorer(arm, replace(setting, steps=steps[arm]), seed, device)
 
 
 # Building and loading -----------------------------------------------------------------------------
@@ -253,13 +316,16 @@ PHOTOGRAPHIC = HATConfig(dim=24, groups=1, blocks=2, heads=3, window=8, squeeze=
 LARGER = HATConfig(dim=48, groups=2, blocks=4, heads=6, window=16, squeeze=12)
 FEW_PARTS = ("SwinIR", "HAT", "HAT, placebo", "RCAN")
 DENOISING = Restoration(FEW_PARTS, PHOTOGRAPHIC, 1, 25 / 255, 24, 200, 8, 2e-3)
-ALL_PARTS = ("SwinIR", "+ OCAB", "+ CAB", "HAT", "HAT, placebo", *RIVALS)
+ALL_PARTS = (*PARTS, *EQUAL_PARAMETERS[:-1], *RIVALS)
+ENLARGING = Restoration(
+    ALL_PARTS, LARGER, 4, 0.0, 32, 500, 16, 1e-3, equal_time=PARTS[:-1], most=1500
+)
 SETTINGS = {
     "smoke": Setting(
         signs=replace(SIGNS, steps=2, batch=2),
         gain=replace(GAIN, side=8, steps=2, batch=2),
         seeds=3,
-        restoration=replace(DENOISING, crop=16, steps=2, batch=1),
+        restoration=replace(DENOISING, crop=16, steps=2, batch=1, equal_time=("SwinIR",), most=2),
         restorers=1,
     ),
     "cpu": Setting(
@@ -273,7 +339,7 @@ SETTINGS = {
         signs=SIGNS,
         gain=GAIN,
         seeds=6,
-        restoration=Restoration(ALL_PARTS, LARGER, 4, 0.0, 32, 500, 16, 1e-3),
+        restoration=ENLARGING,
         restorers=2,
     ),
 }
@@ -283,8 +349,14 @@ def _file(kind: str, arm: str, seed: int) -> str:
     return f"{kind}-{arm.replace(',', '').replace(' ', '-')}-{seed}.safetensors"
 
 
-def _fits(setting: Setting) -> dict[str, tuple[Sequence[str], int, Callable, Callable]]:
-    """What is trained, by kind: its arms, its seeds, how a network is made and how it is trained."""
+def _fits(
+    setting: Setting, steps: Mapping[str, int] | None = None
+) -> dict[str, tuple[Sequence[str], int, Callable, Callable]]:
+    """What is trained, by kind: its arms, its seeds, how a network is made and how it is trained.
+
+    Args:
+        steps: of arms that are trained for as long as HAT; not needed to read them back.
+    """
     kinds = {task.name: (task, setting.seeds) for task in (setting.signs, setting.gain)}
     fits = {
         name: (
@@ -296,20 +368,24 @@ def _fits(setting: Setting) -> dict[str, tuple[Sequence[str], int, Callable, Cal
         for name, (task, seeds) in kinds.items()
     }
     pictures = setting.restoration
+    make = partial(untrained_restorer, setting=pictures)
+    again = partial(fit_as_long, setting=pictures, steps=steps)
     fits["restoration"] = (
         pictures.arms,
         setting.restorers,
-        partial(untrained_restorer, setting=pictures),
+        make,
         partial(fit_restorer, setting=pictures),
     )
+    fits["equal time"] = (pictures.equal_time, setting.restorers, make, again)
     return fits
 
 
 def build(target: Path, profile: str) -> None:
     """Train all arms of a profile; write weights and losses."""
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
-    kept = {}
-    for kind, (arms, seeds, _, fit) in _fits(SETTINGS[profile]).items():
+    setting, kept = SETTINGS[profile], {}
+    steps = equal_time_steps(setting.restoration, device)
+    for kind, (arms, seeds, _, fit) in _fits(setting, steps).items():
         for arm in arms:
             losses = []
             for seed in range(seeds):
@@ -324,7 +400,7 @@ def build(target: Path, profile: str) -> None:
 
 @dataclass(frozen=True)
 class HatModels:
-    """What was trained, by kind ("displaced signs", "faint gain", "restoration") and arm.
+    """What was trained, by kind ("displaced signs", "faint gain", "restoration", "equal time") and arm.
 
     Attributes:
         networks: trained networks, one a seed, in evaluation mode.
