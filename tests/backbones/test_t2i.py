@@ -7,10 +7,13 @@ import torch
 from torch import Generator
 from torch.nn import functional as F
 
+from reattend.backbones import scene_judge
 from reattend.backbones.scene_judge import (
     CLIP,
     Judgement,
     SceneJudge,
+    asked_surely,
+    bent,
     judge_loss,
     judge_scenes,
     roughened,
@@ -90,6 +93,57 @@ def test_judge_scenes_hold_none_to_three_things_and_repeats():
     assert 0.1 < (true_contents(scenes)[0].amax(1) > 1).double().mean() < 0.4
 
 
+def test_bending_moves_pictures_by_whole_pixels_of_either_parity(monkeypatch):
+    monkeypatch.setattr(scene_judge, "BEND", 0.0)
+    pixels = judge_scenes(40, 24, Generator().manual_seed(3)).pixels
+    moved = bent(pixels, Generator().manual_seed(4))
+    framed, seen = F.pad(pixels, (2, 2, 2, 2), "replicate"), set()
+    for before, after in zip(framed, moved, strict=True):
+        fits = [
+            (x, y)
+            for y in range(5)
+            for x in range(5)
+            if torch.allclose(before[:, y : y + 24, x : x + 24], after, atol=1e-4)
+        ]
+        assert fits
+        seen.add(fits[0])
+    assert len(seen) > 15
+
+
+def test_bending_is_slight_and_another_one_for_each_picture():
+    pixels = judge_scenes(1, 24, Generator().manual_seed(3)).pixels.expand(30, -1, -1, -1)
+    moved = bent(pixels, Generator().manual_seed(4))
+    assert moved.shape == pixels.shape
+    assert len({tuple(some.flatten().tolist()) for some in moved}) == 30
+    torch.testing.assert_close(moved.mean((1, 2, 3)), pixels.mean((1, 2, 3)), atol=0.08, rtol=0)
+
+
+def asking_all(count):
+    """Prompts that ask for the eight nouns, two a prompt; rows are scenes x 4."""
+    nouns = torch.arange(8).reshape(4, 2).repeat(count, 1)
+    return Prompts(torch.zeros_like(nouns), nouns)
+
+
+def test_the_rule_is_right_where_it_is_sure_even_of_much_bent_scenes(monkeypatch):
+    monkeypatch.setattr(scene_judge, "BEND", 0.6)
+    scenes = judge_scenes(300, 24, Generator().manual_seed(5))
+    pixels = bent(scenes.pixels, Generator().manual_seed(6)).repeat_interleave(4, 0)
+    said, sure = asked_surely(pixels, asking_all(300))
+    truth = (true_contents(scenes)[0] > 0).reshape(-1, 2)
+    assert (said == truth)[sure].double().mean() > 0.99
+    assert (said == truth)[~sure].double().mean() < 0.95
+    assert sure.double().mean() > 0.5
+    assert (said & sure).double().sum() > 100
+
+
+def test_the_rule_is_never_sure_of_what_was_not_asked_for():
+    prompts = Prompts(torch.tensor([[0, -1]]), torch.tensor([[3, -1]]))
+    blank = torch.ones(1, 3, 24, 24)
+    said, sure = asked_surely(blank, prompts)
+    assert said.tolist() == [[False, False]]
+    assert sure.tolist() == [[True, False]]
+
+
 def test_roughening_keeps_shapes_and_brightness():
     pixels = judge_scenes(60, 24, Generator().manual_seed(3)).pixels
     rough = roughened(pixels, Generator().manual_seed(4))
@@ -156,7 +210,7 @@ def test_quality_of_painted_pictures_is_perfect_and_of_others_is_not():
         "x, present": 1.0,
         "x, present in its colour": 1.0,
         "x, more than asked": 0.0,
-        "x, judge agrees with the rule": 1.0,
+        "x, judge agrees where the rule is sure": 1.0,
     }
     turned = Prompts(prompts.colours.flip(1), prompts.nouns)
     found = picture_quality(scenes.pixels, Oracle(scenes), turned, "x")

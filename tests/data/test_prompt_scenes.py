@@ -15,6 +15,7 @@ from reattend.data.prompt_scenes import (
     category,
     draw_prompts,
     empty_captions,
+    match_margins,
     matched,
     paint,
     paint_things,
@@ -102,6 +103,23 @@ def test_the_rule_counts_repeated_things_and_finds_none_on_white():
     peaks = matched(scenes.pixels)[0]
     assert (peaks[:, 2].sum((1, 2, 3)) == 2).all()
     assert not matched(torch.ones(1, 3, 24, 24))[0].any()
+
+
+def test_margins_say_what_the_rule_finds_and_how_narrowly():
+    nouns = torch.randint(8, (100, 3), generator=generator(5))
+    colours = torch.randint(4, (100, 3), generator=generator(9))
+    clean = paint_things(colours, nouns, 24, generator(6)).pixels
+    rough = clean + 0.4 * torch.randn(clean.shape, generator=generator(7))
+    crowded = torch.minimum(clean, clean.roll((4, 3), (-1, -2)))
+    for pixels in (clean, rough, crowded):
+        found = matched(pixels)[0].flatten(2).any(-1)
+        assert torch.equal(match_margins(pixels) >= 0, found)
+    alone = paint_things(torch.tensor([[1]]), torch.tensor([[7]]), 24, generator(8)).pixels
+    first = match_margins(alone)[0]
+    assert first.argmax() == 7
+    faded = match_margins(1 - 0.5 * (1 - alone))[0]  # fits by .75, and no other thing better
+    assert 0 < faded[7] < first[7]
+    assert match_margins(torch.ones(1, 3, 24, 24))[0].tolist() == pytest.approx([-0.6] * 8)
 
 
 def test_boxes_hold_the_paint_and_do_not_overlap():

@@ -280,19 +280,49 @@ def matched(
     1 for the same pixels, 0 for an empty place. It counts where it is at least .6 and the best fit of all
     stamps within a third of the picture's side.
     """
-    size = pixels.shape[-1]
-    templates, boxes = _templates(size)
+    fits = _fits(pixels)
+    best = fits.amax((1, 2))[:, None]
+    peaks = (fits >= _FITS) & (fits == _around(best)[:, :, None])
+    return peaks, fits.amax((2, 3, 4))
+
+
+def match_margins(
+    pixels: Float[Tensor, "pictures 3 size size"],
+) -> Float[Tensor, "pictures nouns"]:
+    """By how much `matched` finds each noun, or falls short of it; it finds those of zero or more.
+
+    The best over the noun's peaks p of min(fit(p) - .6, fit(p) - best fit of another noun within a third of the
+    side).
+    """
+    fits = _fits(pixels).amax(2)
+    around = _around(fits)
+    top = around.topk(2, 1)
+    first = top.indices[:, :1] == torch.arange(len(NOUNS))[:, None, None]
+    rival = torch.where(first, top.values[:, 1:], top.values[:, :1])
+    margins = torch.minimum(fits - _FITS, fits - rival)
+    return margins.where(fits == around, -torch.inf).amax((-2, -1))
+
+
+def _fits(
+    pixels: Float[Tensor, "pictures 3 size size"],
+) -> Float[Tensor, "pictures nouns colours rows columns"]:
+    """How well each noun's stamp fits around each place, at the better of its sizes."""
+    templates, boxes = _templates(pixels.shape[-1])
     margin = templates.shape[-1] // 2
     deviations = F.pad(pixels - 1, (margin,) * 4)
     energy = F.conv2d(deviations.square().sum(1, keepdim=True), boxes[:, None])
     product = F.conv2d(deviations, templates)
     own = templates.square().sum((1, 2, 3))[:, None, None]
     fits = 1 - (energy.repeat_interleave(len(COLOURS), 1) - 2 * product + own) / own
-    fits = fits.unflatten(1, (len(NOUNS), len(SIDES), len(COLOURS))).amax(2)
-    best = fits.amax((1, 2))[:, None]
-    around = F.max_pool2d(best, 2 * (size // 6) + 1, 1, size // 6)
-    peaks = (fits >= _FITS) & (fits == around[:, :, None])
-    return peaks, fits.amax((2, 3, 4))
+    return fits.unflatten(1, (len(NOUNS), len(SIDES), len(COLOURS))).amax(2)
+
+
+def _around(
+    values: Float[Tensor, "pictures some rows columns"],
+) -> Float[Tensor, "pictures some rows columns"]:
+    """The highest value within a third of the side."""
+    reach = values.shape[-1] // 6
+    return F.max_pool2d(values, 2 * reach + 1, 1, reach)
 
 
 @cache

@@ -23,6 +23,8 @@ from tqdm import tqdm
 from reattend.backbones.scene_judge import (
     Judgement,
     SceneJudge,
+    asked_surely,
+    bent,
     judge_scenes,
     train_judge,
     true_contents,
@@ -35,7 +37,6 @@ from reattend.data.prompt_scenes import (
     Prompts,
     draw_prompts,
     empty_captions,
-    matched,
     paint,
     pair_prompts,
     single_prompts,
@@ -91,7 +92,7 @@ def _shape(**sizes) -> DiffusionShape:
 
 SETTINGS = {
     "smoke": Setting(_shape(width=16), 4, 8, 2e-3, 0.5, 1, 4, 8, sampling_steps=3),
-    "cpu": Setting(_shape(), 2400, 32, 2e-3, 0.99, 1, 800, 128),
+    "cpu": Setting(_shape(), 2400, 32, 2e-3, 0.99, 1, 1600, 128),
     "gpu": Setting(
         _shape(side=64, width=96, multiples=(1, 2, 2), heads=4, text_width=128),
         20_000, 128, 1e-3, 0.999, 3, 3000, 512, sampling_steps=50,
@@ -172,9 +173,11 @@ def draw(
 
 
 def judge_quality(judge: SceneJudge, side: int, count: int = 500) -> dict[str, float]:
-    """Shares of held-out painted scenes of which the judge has all presences, counts, and colours right."""
-    scenes = judge_scenes(count, side, Generator().manual_seed(MEASURED))
-    said, (counts, pairs) = judge(scenes.pixels), true_contents(scenes)
+    """Shares of held-out painted scenes, shifted and bent, of which the judge has all presences, counts, and
+    colours right."""
+    generator = Generator().manual_seed(MEASURED)
+    scenes = judge_scenes(count, side, generator)
+    said, (counts, pairs) = judge(bent(scenes.pixels, generator)), true_contents(scenes)
     right = {
         "presence": (said.presence() > 0) == (counts > 0),
         "count": said.number() == counts.clamp(max=2),
@@ -187,16 +190,15 @@ def picture_quality(
     pictures: Float[Tensor, "pictures 3 side side"], judge: SceneJudge, prompts: Prompts, name: str
 ) -> dict[str, float]:
     """Shares of pictures with everything asked for, also in its colours, and with more than that; and the
-    share of asked things on whose presence the judge and the rule of sprite matching agree."""
+    share on which the judge agrees with the rule, of the asked things of which the rule is sure."""
     said: Judgement = judge(pictures)
     there = said.asked_presence(prompts) > 0
-    rule = matched(pictures)[0].flatten(2).any(-1).gather(1, prompts.nouns.clamp(min=0))
-    agrees = (rule == there)[prompts.nouns >= 0]
+    rule, sure = asked_surely(pictures, prompts)
     shares = {
         "present": there.all(1),
         "present in its colour": (there & (said.asked_pairs(prompts) > 0)).all(1),
         "more than asked": said.surplus(prompts) > 0,
-        "judge agrees with the rule": agrees,
+        "judge agrees where the rule is sure": (rule == there)[sure],
     }
     return {f"{name}, {what}": hit.double().mean().item() for what, hit in shares.items()}
 
