@@ -15,6 +15,7 @@ from reattend.generation.a_star import (
     of_concepts,
     processed_maps,
     retention_loss,
+    scrambled,
     segregation_loss,
     step_sizes,
 )
@@ -237,6 +238,30 @@ def test_masks_are_of_the_step_before_own_or_borrowed_and_none_at_the_first():
     seen.clear()
     drawn(model, updates(model, watch))
     assert all(masks is None for _, masks in seen)
+
+
+def test_scrambled_gradients_keep_lengths_and_angles_and_lose_their_direction():
+    first, second = random_maps(side=30, seed=1) - 0.5, random_maps(side=30, seed=2) - 0.3
+    turned = [scrambled(some, 4) for some in (first, second)]
+    for one, other in ((0, 0), (0, 1), (1, 1)):
+        before = ((first, second)[one] * (first, second)[other]).sum((1, 2, 3))
+        torch.testing.assert_close((turned[one] * turned[other]).sum((1, 2, 3)), before)
+    assert torch.equal(
+        turned[0].abs().flatten(1).sort().values, first.abs().flatten(1).sort().values
+    )
+    along = torch.nn.functional.cosine_similarity(turned[0].flatten(1), first.flatten(1))
+    assert along.abs().max() < 0.1
+    alike = scrambled(first[:1].expand(3, -1, -1, -1), 4)  # each sample has a turn of its own
+    assert not torch.equal(alike[0], alike[1])
+    assert not torch.equal(scrambled(first, 5), turned[0])
+
+
+def test_updates_take_the_scrambled_gradient_when_told():
+    model, time = small_unet(), torch.tensor([0.3, 0.6, 0.9]).double()
+    text, z = model.encode(IDS), latent()
+    plain = updates(model, segregate)(0, z, time, text)
+    turned = updates(model, segregate, scramble=4)(0, z, time, text)
+    torch.testing.assert_close(z - turned, scrambled(z - plain, 4))
 
 
 def test_a_second_picture_starts_without_the_masks_of_the_first():

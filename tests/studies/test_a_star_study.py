@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from reattend.backbones import scene_judge
 from reattend.backbones.scene_judge import Judgement, SceneJudge
 from reattend.backbones.trained.t2i import SETTINGS, untrained
 from reattend.data.prompt_scenes import NOUN_AT, Prompts, paint, pair_prompts
@@ -14,6 +15,8 @@ from reattend.studies.a_star import LAYOUT, METHODS, VARIANTS, draw_steered, ste
 from reattend.studies.text_to_image import (
     Bench,
     MapDiary,
+    agreement,
+    area_within,
     asked_by_rule,
     by_prompt,
     draw_plain,
@@ -106,17 +109,37 @@ def test_scales_give_every_method_its_share_of_the_latent(bench):
         assert len(sizes) == round(4 * method.share)
 
 
-def test_methods_differ_and_placebos_touch_other_words_or_masks(bench):
+def test_methods_differ_and_placebos_have_turned_gradients_or_other_masks(bench):
     pictures = {n: draw_steered(bench, m, 20.0).pictures for n, m in METHODS.items()}
     names = list(pictures)
     for i, one in enumerate(names):
         for other in names[:i]:
             assert not torch.equal(pictures[one], pictures[other]), (one, other)
-    words = METHODS["function words"].updates(bench, 1.0).concepts
-    assert bench.ids.gather(1, words).unique(dim=0).tolist() == [[3, 4]]
+    assert METHODS["random direction"].updates(bench, 1.0).scramble is not None
+    assert METHODS["A-STAR"].updates(bench, 1.0).scramble is None
     lenders = METHODS["borrowed masks"].updates(bench, 1.0).lenders
     assert (bench.item[lenders] != bench.item).all()
     assert METHODS["A-STAR"].updates(bench, 1.0).lenders is None
+
+
+def test_the_random_direction_is_as_large_as_a_star_s_update_and_differs_between_parts(bench):
+    first, second = bench.part(slice(0, 2)), bench.part(slice(2, 4))
+    text = bench.model.encode(first.ids)
+    steps = {
+        name: METHODS[name].updates(first, 3.0)(0, first.noise, torch.ones(2), text) - first.noise
+        for name in ("A-STAR", "random direction")
+    }
+    sizes = [step.flatten(1).norm(dim=1) for step in steps.values()]
+    torch.testing.assert_close(*sizes)
+    turned = torch.nn.functional.cosine_similarity(*(s.flatten(1) for s in steps.values()))
+    assert turned.abs().max() < 0.2
+    seeds = [METHODS["random direction"].updates(part, 3.0).scramble for part in (first, second)]
+    assert seeds[0] != seeds[1]
+
+
+def test_function_words_stand_at_their_places(bench):
+    at = torch.tensor(study.FUNCTION_WORDS_AT).expand(len(bench), -1)
+    assert bench.ids.gather(1, at).unique(dim=0).tolist() == [[3, 4]]
 
 
 def test_refinement_and_shares_become_steps(bench):
@@ -164,35 +187,63 @@ def test_means_of_a_method_are_shares_in_per_cent_and_log_odds():
     assert second["both things"] == 100
 
 
-def test_mean_placement_of_the_failed_is_the_area_under_the_curve():
-    score, failed = np.array([3.0, 1.0, 2.0, 2.0, 5.0]), np.array([True, False, True, False, False])
-    pairs = [(a > b) + 0.5 * (a == b) for a in score[failed] for b in score[~failed]]
-    assert study.placements(score, failed)[failed].mean() == pytest.approx(np.mean(pairs))
+def pairs_within(score, failed):
+    """Right pairs and all pairs, one by one."""
+    right, pairs = 0.0, 0
+    for row, fails in zip(score, failed, strict=True):
+        for a in row[fails]:
+            for b in row[~fails]:
+                right += (a > b) + 0.5 * (a == b)
+                pairs += 1
+    return right, pairs
 
 
-def test_decay_gap_is_zero_for_like_things_and_negative_for_one_that_fades():
+def test_area_within_prompts_counts_pairs_of_one_prompt_and_jackknifes_over_prompts():
+    random = np.random.default_rng(0)
+    failed = random.random((30, 6)) < 0.4
+    score = (random.normal(size=(30, 6)) + failed).round(1)
+    points = area_within(score, failed)
+    right, pairs = pairs_within(score, failed)
+    for prompt in range(3):
+        some_right, some = pairs_within(np.delete(score, prompt, 0), np.delete(failed, prompt, 0))
+        assert points[prompt] == pytest.approx(30 * right / pairs - 29 * some_right / some)
+    assert points.mean() == pytest.approx(right / pairs, abs=0.005)
+    assert points.mean() > 0.65
+
+
+def test_area_within_prompts_knows_nothing_of_hard_prompts():
+    failed = np.array([[True, True, False], [False, False, True]] * 6)
+    hard = failed.sum(1, keepdims=True) + np.zeros((12, 3))  # the score tells prompts apart alone
+    assert area_within(hard, failed) == pytest.approx(np.full(12, 0.5))
+    assert area_within(hard + 10 * failed, failed) == pytest.approx(np.ones(12))
+    assert area_within(hard, failed | True) == pytest.approx(np.full(12, 0.5))
+
+
+def test_the_gap_is_zero_for_like_things_and_negative_for_one_that_fades():
     peaks = np.full((6, 2, 2), 0.5)
     peaks[4:, 0, 1] = 0.2  # of the first picture the second thing fades
-    change, start = study.decay_gap(peaks, np.array([1, 0]), slice(0, 2), slice(4, None))
-    assert change.tolist() == pytest.approx([-0.3, 0.0])
-    assert start.tolist() == [0, 0]
-    change, _ = study.decay_gap(peaks, np.array([0, 1]), slice(0, 2), slice(4, None))
-    assert change.tolist() == pytest.approx([0.3, 0.0])
+
+    def gaps(peaks, missing):
+        parts = study.early_and_change(peaks, slice(0, 2), slice(4, None))
+        return [study.missing_less_present(part, np.array(missing)).tolist() for part in parts]
+
+    assert gaps(peaks, [1, 0]) == [[0, 0], pytest.approx([-0.3, 0.0])]
+    assert gaps(peaks, [0, 1]) == [[0, 0], pytest.approx([0.3, 0.0])]
     low = peaks.copy()
     low[:, 0, 1] -= 0.1  # low from the start, and fading by .3 as before
-    change, start = study.decay_gap(low, np.array([1, 0]), slice(0, 2), slice(4, None))
-    assert change.tolist() == pytest.approx([-0.3, 0.0])
-    assert start.tolist() == pytest.approx([-0.1, 0.0])
+    assert gaps(low, [1, 0]) == [pytest.approx([-0.1, 0.0]), pytest.approx([-0.3, 0.0])]
     parts = study.split_peaks(peaks, np.array([1, 0]))
     assert parts["the missing thing"][5].tolist() == [0.2, 0.5]
     assert parts["the present thing"][5].tolist() == [0.5, 0.5]
 
 
-def test_another_picture_is_of_the_same_prompt_and_never_the_same():
+def test_what_a_word_has_in_all_pictures_of_its_prompt_is_gone():
     item = np.array([0, 0, 0, 1, 1])
-    other = study.other_picture(item)
-    assert (item[other] == item).all()
-    assert (other != np.arange(5)).all()
+    own = np.array([[1.0, 0], [4, 0], [7, 3], [2, 2], [4, 6]])
+    found = study.over_other_pictures(own, item)
+    assert found.tolist() == [[-4.5, -1.5], [0, -1.5], [4.5, 3], [-2, -4], [2, 4]]
+    shifted = own + np.array([[5.0, -2], [9, 1]])[item]
+    assert study.over_other_pictures(shifted, item) == pytest.approx(found)
 
 
 def test_means_by_prompt_leave_out_prompts_without_a_chosen_picture():
@@ -253,15 +304,36 @@ def test_scores_say_which_thing_is_there_and_how_sure(bench):
             | {"judge": Told(Judgement(counts, pairs)), "prompts": prompts}
         )
     )
-    frame = scores(told, torch.zeros(2, 3, 24, 24))
+    frame = scores(told, torch.ones(2, 3, 24, 24))
     assert frame["both"].tolist() == [1, 0]
     assert frame["both in their colours"].tolist() == [1, 0]
     assert frame["first"].tolist() == [True, False]
     assert frame["second"].tolist() == [True, True]
-    assert frame["both, by rule"].tolist() == [0, 0]  # the pictures are grey
+    assert frame["both, by rule"].tolist() == [0, 0]  # the pictures are white
     assert frame["surplus"].tolist() == [0, 1]
     assert frame["weaker"].tolist() == pytest.approx([2.0, -6.0], abs=1e-4)
+    assert frame["sure"].tolist() == [2, 2]
+    assert frame["agreed"].tolist() == [0, 1]  # of the second picture both miss the first thing
+    assert agreement(frame) == 25
     assert by_prompt(frame)["both"].tolist() == [0.5]
+
+
+def test_things_of_which_the_rule_is_in_doubt_and_things_not_asked_for_do_not_count(
+    bench, monkeypatch
+):
+    prompts = Prompts(torch.tensor([[0, 1], [0, -1]]), torch.tensor([[0, 1], [2, -1]]))
+    counts = torch.zeros(2, 8, 3)
+    counts[0, 0, 0], counts[0, 1, 0], counts[1, 2, 0] = 9.0, 9.0, 9.0  # the judge sees nothing
+    told = {"judge": Told(Judgement(counts, torch.zeros(2, 8, 4))), "prompts": prompts}
+    asked = Bench(**(vars(bench.part(slice(0, 2))) | told))
+    margins = torch.zeros(2, 8)
+    margins[0, 0], margins[0, 1], margins[1, 2] = 0.2, -0.05, -0.2
+    monkeypatch.setattr(scene_judge, "match_margins", lambda pixels: margins)
+    frame = scores(asked, torch.ones(2, 3, 24, 24))
+    assert frame["sure"].tolist() == [1, 1]
+    assert frame["agreed"].tolist() == [0, 1]
+    assert agreement(frame) == 50
+    assert agreement(frame.iloc[:0]) == 0
 
 
 def test_the_rule_says_which_asked_thing_is_there_and_in_its_colour():

@@ -1,5 +1,7 @@
 """The study of OptiPrune: its own arithmetic, on an untrained model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,13 +14,12 @@ from reattend.studies import optiprune as study
 from reattend.studies.optiprune import (
     Painter,
     PassCost,
-    auroc,
-    auroc_points,
     equal_candidates,
     fresh_scores,
     graph_select,
     ground_deviation,
     limits_at,
+    other_things,
     pass_cost,
     pruning_errors,
     sampling_cost,
@@ -60,19 +61,25 @@ def test_a_shift_is_scaled_back_to_the_bound_or_left():
     assert torch.allclose(ratio, (back.log_variance[0] / shift.log_variance[0]))
 
 
-def test_the_area_counts_pairs_of_failed_and_good():
-    failed, score = np.array([1, 1, 0, 0]), np.array([3.0, 1.0, 2.0, 0.0])
-    assert auroc({"failed": failed, "score": score}) == 0.75
-    assert auroc({"failed": failed * 0, "score": score}) == 0.5
+def test_other_things_have_the_same_colours_and_nouns_that_were_not_named():
+    prompts = pair_prompts(56, 3)
+    others = other_things(prompts, 0)
+    assert torch.equal(others.colours, prompts.colours)
+    for named, other in zip(prompts.nouns.tolist(), others.nouns.tolist(), strict=True):
+        assert len({*named, *other}) == 4
+    assert set(others.nouns.flatten().tolist()) == set(range(8))
 
 
-def test_the_area_s_points_average_to_it():
-    random = np.random.default_rng(0)
-    score = random.normal(size=240)
-    failed = score + random.normal(size=240) > 0.3
-    points = auroc_points(score, failed, 8)
-    assert len(points) == 30
-    assert points.mean() == pytest.approx(auroc({"failed": failed, "score": score}), abs=0.01)
+def test_the_same_noises_can_be_scored_under_other_captions(painter):
+    others = other_things(pair_prompts(3), 0)[painter.bench.item]
+    asked = painter.asking(others)
+    assert torch.equal(asked.noise, painter.noise)
+    by_hand = replace(painter.bench, prompts=others)
+    own, strange = (fresh_scores(some.scorer(), some.noise) for some in (painter, asked))
+    assert torch.equal(
+        strange.neglect, fresh_scores(Painter(by_hand).scorer(), by_hand.noise).neglect
+    )
+    assert (own.neglect != strange.neglect).all()
 
 
 def test_limits_are_percentiles_of_each_score():

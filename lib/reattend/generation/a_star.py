@@ -124,6 +124,7 @@ class LatentUpdates:
         sizes: factor of the gradient at each step; 0 leaves the latent as it is.
         regions: from maps to the masks that the next step is given; None: no masks.
         lenders: whose masks each sample is given; None: its own.
+        scramble: seed of a fixed turn of each sample's gradients, see `scrambled`; None: the gradients as they are.
         refine: by step, the peak that the weakest concept must reach before the step, as Attend-and-Excite
             asks for; up to `most` further updates.
         track: keeps the maps of all tokens that each step starts from in `history`.
@@ -137,6 +138,7 @@ class LatentUpdates:
     sizes: Sequence[float]
     regions: Callable[[Tensor], Tensor] | None = None
     lenders: Int[Tensor, " batch"] | None = None
+    scramble: int | None = None
     refine: dict[int, float] = field(default_factory=dict)
     most: int = 20
     track: bool = False
@@ -161,6 +163,8 @@ class LatentUpdates:
             maps = self._maps(latent, time, text)
         else:
             gradient, maps = self._gradient(latent, time, text, self._masks)
+            if self.scramble is not None:
+                gradient = scrambled(gradient, self.scramble)
             latent = latent - self.sizes[step] * gradient
         if self.track:
             self.history.append(maps)
@@ -217,6 +221,18 @@ class LatentUpdates:
             left, gradient = left[short], gradient[short]
             latent[left] = latent[left] - self.sizes[step] * gradient
         return latent
+
+
+def scrambled(gradient: Float[Tensor, "batch ..."], seed: int) -> Float[Tensor, "batch ..."]:
+    """Each sample's elements in an order and with signs of their own, both fixed by the seed.
+
+    A turn of the space of latents, the same at every step: lengths, and angles between the gradients of different
+    steps, stay as they are; where the gradient points is lost.
+    """
+    flat, generator = gradient.flatten(1), torch.Generator().manual_seed(seed)
+    order = torch.rand(flat.shape, generator=generator).argsort(-1).to(flat.device)
+    signs = torch.randint(0, 2, flat.shape, generator=generator).to(flat) * 2 - 1
+    return (flat.gather(1, order) * signs).view_as(gradient)
 
 
 def step_sizes(scale: float, steps: int) -> list[float]:

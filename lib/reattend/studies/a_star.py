@@ -47,6 +47,7 @@ class Method:
         share: of the steps, from the first, that move the latent.
         refine: share of the steps at which, and peak to which, the weakest concept is raised before.
         borrowed: each picture is given the masks of another prompt's picture.
+        scrambled: updates of the same size in a random direction.
     """
 
     loss: Loss
@@ -55,6 +56,7 @@ class Method:
     share: float = 1.0
     refine: Mapping[float, float] = field(default_factory=dict)
     borrowed: bool = False
+    scrambled: bool = False
 
     def updates(self, bench: Bench, scale: float, track: bool = False) -> LatentUpdates:
         """The updates of these pictures, with steps of `scale` times sqrt(linspace(1, .5))."""
@@ -72,6 +74,8 @@ class Method:
             [size if step < last else 0.0 for step, size in enumerate(sizes)],
             regions=self.regions,
             lenders=lenders,
+            # Parts that are drawn together begin with different noises, so each has a turn of its own.
+            scramble=int(1e6 * bench.noise[0, 0, 0, 0].abs()) if self.scrambled else None,
             refine={round(at * bench.steps): peak for at, peak in self.refine.items()},
             track=track,
         )
@@ -107,12 +111,12 @@ METHODS = {
     "+ L_ret": Method(retain, regions=active_regions),
     "+ L_seg": Method(segregate),
     "A-STAR": Method(both, regions=active_regions),
-    "function words": Method(both, FUNCTION_WORDS_AT, active_regions),
+    "random direction": Method(both, regions=active_regions, scrambled=True),
     "borrowed masks": Method(retain, regions=active_regions, borrowed=True),
 }
-"""The paper's rows in its order, and two placebos: A-STAR on "a" and "and", L_ret with another picture's masks."""
-EVERY_NOISE = ("Attend-and-Excite", "A-STAR")
-"""The methods whose difference is small beside its spread: drawn from all noises of a prompt."""
+"""The paper's rows in its order, and two placebos: A-STAR's gradients turned, L_ret with another picture's masks."""
+EVERY_NOISE = ("Attend-and-Excite", "A-STAR", "random direction")
+"""The methods whose differences are small beside their spread: drawn from all noises of a prompt."""
 
 
 def halves(maps: Tensor) -> Tensor:
@@ -214,18 +218,6 @@ def overlaps(
     return overlap(maps[:, :, at[0]], maps[:, :, at[1]]).double().numpy()
 
 
-def placements(
-    score: Float[np.ndarray, " pictures"], failed: Bool[np.ndarray, " pictures"]
-) -> Float[np.ndarray, " pictures"]:
-    """Of each picture the share of good pictures whose score is lower (ties half).
-
-    Their mean over the failed pictures is the area under the ROC curve of the score for failure.
-    """
-    good = score[~failed]
-    below = (score[:, None] > good).mean(1)
-    return below + 0.5 * (score[:, None] == good).mean(1)
-
-
 def mean_by_prompt(
     values: Float[np.ndarray, "steps pictures"],
     item: Int[np.ndarray, " pictures"],
@@ -265,27 +257,31 @@ def peaks(
     return np.stack([of_concepts(some, concepts).amax((-2, -1)).double().numpy() for some in maps])
 
 
-def decay_gap(
-    peaks: Float[np.ndarray, "steps pictures 2"],
-    missing: Int[np.ndarray, " pictures"],
-    early: slice,
-    late: slice,
-) -> tuple[Float[np.ndarray, " pictures"], Float[np.ndarray, " pictures"]]:
-    """Missing minus present concept: of late minus early peaks, and of the early peaks.
-
-    Args:
-        missing: which of the two concepts each picture lacks.
-    """
-    rows = np.arange(peaks.shape[1])
+def early_and_change(
+    peaks: Float[np.ndarray, "steps pictures 2"], early: slice, late: slice
+) -> tuple[Float[np.ndarray, "pictures 2"], Float[np.ndarray, "pictures 2"]]:
+    """Each concept's early peak, and its late minus its early peak."""
     first = peaks[early].mean(0)
-    change = peaks[late].mean(0) - first
-    return tuple(part[rows, missing] - part[rows, 1 - missing] for part in (change, first))
+    return first, peaks[late].mean(0) - first
 
 
-def other_picture(item: Int[np.ndarray, " pictures"]) -> Int[np.ndarray, " pictures"]:
-    """For each picture another one of the same prompt: the next one, the first for the last."""
-    found = np.empty_like(item)
+def missing_less_present(
+    values: Float[np.ndarray, "pictures 2"], missing: Int[np.ndarray, " pictures"]
+) -> Float[np.ndarray, " pictures"]:
+    """The value of the concept that each picture lacks, less that of the other one."""
+    rows = np.arange(len(values))
+    return values[rows, missing] - values[rows, 1 - missing]
+
+
+def over_other_pictures(
+    values: Float[np.ndarray, "pictures 2"], item: Int[np.ndarray, " pictures"]
+) -> Float[np.ndarray, "pictures 2"]:
+    """Each concept's value less its mean over the other pictures of the same prompt.
+
+    What a word has in every picture of its prompt is gone; prompts need two pictures.
+    """
+    rest = np.empty_like(values)
     for number in np.unique(item):
-        rows = np.flatnonzero(item == number)
-        found[rows] = np.roll(rows, -1)
-    return found
+        rows = item == number
+        rest[rows] = (values[rows].sum(0) - values[rows]) / (rows.sum() - 1)
+    return values - rest

@@ -19,7 +19,7 @@ COLOUR_OF = {
     "+ L_ret": COLOURS[2],
     "+ L_seg": COLOURS[4],
     "A-STAR": COLOURS[0],
-    "function words": COLOURS[7],
+    "random direction": COLOURS[3],
     "borrowed masks": COLOURS[5],
 }
 """One colour a method, in every figure."""
@@ -163,11 +163,13 @@ def draw_against_reported(ours: Mapping[str, float], reported: pd.DataFrame) -> 
         axes[0].plot(gains, [place] * len(columns), "o", color=REPORTED)
         axes[0].plot(gains.mean(), place, "D", color=COLOUR_OF[name])
         axes[1].plot(ours[name] - ours["base"], place, "D", color=COLOUR_OF[name])
-    for axis, title in zip(
-        axes,
-        ("paper: text-text similarity, over base", "here: both things present, over base"),
-        strict=True,
-    ):
+    titles = (
+        "paper: text-text similarity, over base",
+        "here: pictures with both things, over base",
+    )
+    units = ("cosine of caption and prompt (CLIP)", "percentage points")
+    for axis, title, unit in zip(axes, titles, units, strict=True):
+        axis.set_xlabel(unit)
         axis.axvline(0, color=BASELINE, lw=1)
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()

@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from reattend.data.prompt_scenes import NOUN_AT, empty_captions
+from reattend.data.prompt_scenes import NOUN_AT, NOUNS, Prompts, empty_captions
 from reattend.generation.optiprune import (
     Optimised,
     Scorer,
@@ -28,7 +27,6 @@ from reattend.generation.optiprune import (
     SimPrune,
     base_tokens,
 )
-from reattend.metrics import pseudo_values
 from reattend.studies.text_to_image import Bench, scores
 from reattend.timing import paired_times
 from reattend.trunks.diffusion import (
@@ -41,8 +39,6 @@ from reattend.trunks.diffusion import (
 
 WORDS = slice(1, 8)
 """Positions in a caption of its words, without its start and its end."""
-CONTROL_AT = (1, 5)
-"""Positions of the two articles: words whose maps name no object."""
 NOISIEST = 0.957
 """Time at which a noise is scored: that of Stable Diffusion's first step, where the picture's share is .068.
 
@@ -111,9 +107,13 @@ class Painter:
         side = math.isqrt(shares.shape[-1])
         return shares.unflatten(-1, (side, side)), recorder.mean("self")
 
-    def scorer(self, prune: SimPrune | None = None, at: Sequence[int] = NOUN_AT) -> Scorer:
-        """Scores of noises by one captioned pass; `at`: the words that are scored, by place in the caption."""
-        places = torch.tensor(at) - WORDS.start
+    def asking(self, prompts: Prompts) -> Painter:
+        """The same noises under other captions, one a row."""
+        return replace(self, bench=replace(self.bench, prompts=prompts))
+
+    def scorer(self, prune: SimPrune | None = None) -> Scorer:
+        """Scores of noises for the two nouns of their captions, by one pass."""
+        places = torch.tensor(NOUN_AT) - WORDS.start
 
         def score(noise: Tensor, rows: Tensor) -> Scores:
             words, own = self.maps(noise, rows, prune)
@@ -160,19 +160,12 @@ def limits_at(scores: Scores, percentile: float) -> tuple[float, float]:
     return tuple(float(f) for f in found)
 
 
-def auroc(arrays: Mapping[str, np.ndarray]) -> float:
-    """Chance that a failed picture has the higher score, over pairs of a failed and a good one; .5 without any."""
-    if len(np.unique(arrays["failed"])) == 1:
-        return 0.5
-    return float(roc_auc_score(arrays["failed"].ravel(), arrays["score"].ravel()))
-
-
-def auroc_points(
-    score: np.ndarray, failed: np.ndarray, noises: int
-) -> Float[np.ndarray, " prompts"]:
-    """Pseudo-values by prompt of `auroc`."""
-    shaped = {"score": score.reshape(-1, noises), "failed": failed.reshape(-1, noises)}
-    return pseudo_values(shaped, auroc)
+def other_things(prompts: Prompts, seed: int) -> Prompts:
+    """For each prompt one with the same colours and two other nouns, neither of which it names."""
+    random = np.random.default_rng([seed, 6])
+    rest = [np.setdiff1d(np.arange(len(NOUNS)), row) for row in prompts.nouns.numpy()]
+    nouns = np.stack([random.permutation(row)[:2] for row in rest])
+    return Prompts(prompts.colours, torch.from_numpy(nouns))
 
 
 def within(shift: Shift, bound: float) -> Shift:

@@ -165,8 +165,13 @@ def draw_noise(start: Tensor, shift: Shift, free: Shift, steps: Mapping[str, np.
 def draw_prediction(
     scores: Mapping[str, np.ndarray], failed: np.ndarray, areas: Mapping[str, np.ndarray]
 ) -> Figure:
-    """Scores of fresh noises by what became of the picture, ROC curves, and areas with their intervals."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    """Scores of fresh noises by what became of the picture, ROC curves, and areas with their intervals.
+
+    Args:
+        scores: less the mean of their prompt.
+        areas: within prompts, pseudo-values of the prompts; all of them are shown.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), width_ratios=(1, 1, 1.3))
     first = next(iter(scores))
     bins = np.linspace(scores[first].min(), scores[first].max(), 25)
     for which, name, colour in [
@@ -174,7 +179,7 @@ def draw_prediction(
         (failed, "one missing", COLOURS[3]),
     ]:
         axes[0].hist(scores[first][which], bins, density=True, alpha=0.6, color=colour, label=name)
-    axes[0].set_xlabel(first)
+    axes[0].set_xlabel(f"{first}, less the prompt's mean")
     axes[0].set_ylabel("density")
     axes[0].legend()
     for place, (name, values) in enumerate(scores.items()):
@@ -182,15 +187,13 @@ def draw_prediction(
         axes[1].plot(miss, hit, color=COLOURS[place], label=name)
         mean_point(axes[2], areas[name], place, COLOURS[place])
     axes[1].plot([0, 1], [0, 1], color="grey", lw=0.8, ls=":")
-    axes[1].set_xlabel("good pictures above the threshold")
-    axes[1].set_ylabel("failed ones above it")
-    found = [mean(values) for values in areas.values()]
-    low, high = min(f.low for f in found), max(f.high for f in found)
-    axes[2].set_xlim(min(0.35, low - 0.05), max(0.75, high + 0.05))
+    axes[1].set_xlabel("share of good pictures above the threshold")
+    axes[1].set_ylabel("share of failed ones above it")
+    axes[1].legend(fontsize=7, loc="lower right")
     axes[2].axvline(0.5, color="grey", lw=0.8, ls=":")
     axes[2].set_yticks(range(len(areas)), list(areas))
     axes[2].invert_yaxis()
-    axes[2].set_xlabel("area under the curve, 95 % interval over prompts")
+    axes[2].set_xlabel("area within prompts, 95 % interval")
     return figure
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from reattend.backbones.scene_judge import Judgement, SceneJudge
+from reattend.backbones.scene_judge import Judgement, SceneJudge, asked_surely
 from reattend.data.prompt_scenes import END, NOUN_AT, Prompts, category, empty_captions, matched
 from reattend.generation.a_star import processed_maps
+from reattend.metrics import pseudo_values
 from reattend.trunks.diffusion import AttentionHooks, DiffusionUNet, sample
 
 # What is drawn --------------------------------------------------------------------------------------
@@ -162,11 +164,13 @@ def draw_plain(bench: Bench) -> Drawn:
 
 def scores(bench: Bench, pictures: Float[Tensor, "pictures 3 side side"]) -> pd.DataFrame:
     """One row a picture: its prompt; log-odds of the less certain thing, and of that in its colour; whether both
-    are there, also in their colours, by the judge and by rule; whether there is more than asked; and whether
-    each thing is there."""
+    are there, also in their colours, by the judge and by rule; whether there is more than asked; whether
+    each thing is there; of how many asked things the rule is sure, and on how many of these the judge agrees.
+    """
     said: Judgement = bench.judge(pictures)
     there, paired = said.asked_presence(bench.prompts), said.asked_pairs(bench.prompts)
     fitted, in_colour = asked_by_rule(bench.prompts, pictures)
+    rule, sure = asked_surely(pictures, bench.prompts)
     return pd.DataFrame(
         {
             "item": bench.item.numpy(),
@@ -179,11 +183,18 @@ def scores(bench: Bench, pictures: Float[Tensor, "pictures 3 side side"]) -> pd.
             "surplus": (said.surplus(bench.prompts) > 0).double().numpy(),
             "first": (there[:, 0] > 0).numpy(),
             "second": (there[:, -1] > 0).numpy(),
+            "sure": sure.sum(1).numpy(),
+            "agreed": (sure & (rule == (there > 0))).sum(1).numpy(),
             "category": [
                 category([n for n in row if n >= 0]) for row in bench.prompts.nouns.tolist()
             ],
         }
     )
+
+
+def agreement(frame: pd.DataFrame) -> float:
+    """Per cent on whose presence the judge agrees, of the asked things of which the rule is sure (`asked_surely`)."""
+    return 100 * float(frame["agreed"].sum() / max(1, frame["sure"].sum()))
 
 
 def asked_by_rule(
@@ -201,3 +212,27 @@ def asked_by_rule(
 def by_prompt(frame: pd.DataFrame) -> pd.DataFrame:
     """Means of a frame of `scores` over the pictures of each prompt."""
     return frame.groupby("item").mean(numeric_only=True)
+
+
+def area_within(
+    score: Float[np.ndarray, "prompts noises"], failed: Bool[np.ndarray, "prompts noises"]
+) -> Float[np.ndarray, " prompts"]:
+    """Pseudo-values by prompt of the area under the ROC curve of a score for failure, within prompts.
+
+    The area is the chance that of a failed and a good picture of one prompt the failed one has the higher score,
+    over all such pairs (ties half):
+
+        sum_p #{(i, j): s_pi > s_pj} / sum_p #{(i, j)},   i failed and j good, both of prompt p;
+
+    .5 without any. What makes prompts hard has no part in it. Leaving out prompts takes their failed and their
+    good pictures together, so that neither group is held fixed.
+    """
+    above = np.sign(score[:, :, None] - score[:, None, :]) / 2 + 0.5
+    pair = failed[:, :, None] & ~failed[:, None, :]
+    counts = {"right": (above * pair).sum((1, 2)), "pairs": pair.sum((1, 2)).astype(float)}
+    return pseudo_values(counts, _share_right)
+
+
+def _share_right(counts: Mapping[str, np.ndarray]) -> float:
+    pairs = counts["pairs"].sum()
+    return counts["right"].sum() / pairs if pairs else 0.5
