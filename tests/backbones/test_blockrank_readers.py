@@ -1,6 +1,7 @@
 """Reading under masks, the placebo's density, readers that start at the model's own attention, shares by hand."""
 
 import copy
+import filecmp
 
 import pytest
 import torch
@@ -16,12 +17,16 @@ from reattend.backbones.trained.blockrank import (
     SETTINGS,
     Masked,
     Reader,
+    Seen,
     Shares,
+    Together,
     arms,
+    build,
     fit_reader,
     joined,
     random_blocks,
     read,
+    read_together,
 )
 from reattend.text_matching.blockrank import (
     document_scores,
@@ -82,7 +87,7 @@ def test_an_untrained_reader_is_the_models_attention(tiny, mask):
     """Against the layer's own projections, on one prompt, under the mask itself."""
     for prompt in prompts():
         seen = read(tiny, [prompt], mask, [2], seed=0)[0][2]
-        reader = Reader(seen, 3, rank=4, generator=torch.Generator().manual_seed(1))
+        reader = Reader(seen, rank=4, generator=torch.Generator().manual_seed(1))
         ids, block = joined([prompt])
         allowed, places = visible(block), shared_positions(block, OFFSET)
         if mask == "full":
@@ -106,7 +111,7 @@ def test_a_changed_reader_is_attention_with_changed_projections(tiny, mask):
     generator = torch.Generator().manual_seed(3)
     for prompt in prompts():
         seen = read(tiny, [prompt], mask, [2], seed=0)[0][2]
-        reader = Reader(seen, 3, rank=4, generator=generator)
+        reader = Reader(seen, rank=4, generator=generator)
         layer = copy.deepcopy(tiny.model.layers[2])
         for factors, project in ((reader.query, "q_proj"), (reader.key, "k_proj")):
             factors[1].data.normal_(generator=generator)
@@ -128,6 +133,44 @@ def test_a_changed_reader_is_attention_with_changed_projections(tiny, mask):
 def _own(model, states, turn):
     query, key, _ = projections(model.model.layers[2], states, turn)
     return query[:, :, -2:], key
+
+
+def lists_of_one_query():
+    """Prompts of 3, 4 and 7 documents that share most, each with its own query segment and with another."""
+    instruction, *documents, segment = prompts(1, documents=7)[0]
+    *moved, other = prompts(1, documents=4, seed=5)[0][2:]
+    lists = [documents[:3], [documents[0], moved[0], *documents[2:4]], documents]
+    return [[instruction, *held, end] for held in lists for end in (segment, other)]
+
+
+def test_prompts_read_together_are_those_read_alone(tiny):
+    together = read_together(tiny, lists_of_one_query(), 2)
+    for prompt, found in zip(lists_of_one_query(), together, strict=True):
+        alone = read(tiny, [prompt], "block", [2], seed=0)[0][2]
+        assert found.documents == alone.documents == len(prompt) - 2
+        for name in Seen.__dataclass_fields__:
+            expected = getattr(alone, name)
+            torch.testing.assert_close(getattr(found, name), expected, rtol=0, atol=1e-5)
+
+
+def test_a_document_of_several_lists_is_read_once():
+    lists = lists_of_one_query()
+    attend = Together(lists)
+    assert attend.real.shape[0] == 8  # seven documents and the one that stands in place of another
+    segments = sum(len(prompt[-1]) for prompt in lists)
+    assert attend.ids.shape[1] == len(lists[0][0]) + attend.real.numel() + segments
+    for prompt, rows in zip(lists, attend.rows, strict=True):
+        assert attend.ids[0, rows].tolist() == [token for block in prompt for token in block]
+
+
+def test_dense_prompts_one_by_one_are_those_of_a_batch(tiny):
+    """The kernel without a mask against the mask."""
+    batch = read(tiny, prompts(), "full", [2], seed=0, batch=5)[0][2]
+    alone = read(tiny, prompts(), "full", [2], seed=0, batch=1)[0][2]
+    real = (batch.document >= 0)[..., None]
+    assert torch.equal(batch.document, alone.document)
+    torch.testing.assert_close(batch.inputs * real, alone.inputs * real, rtol=0, atol=1e-4)
+    torch.testing.assert_close(batch.query, alone.query, rtol=0, atol=1e-4)
 
 
 def test_decoding_reads_the_logits_of_the_whole_model(tiny):
@@ -179,7 +222,7 @@ def test_a_reader_learns_where_the_right_document_is_marked(tiny):
     for prompt, place in zip(batch, right.tolist(), strict=True):
         prompt[place + 1][-1] = 49
     seen = read(tiny, batch, "block", [0], seed=0)[0][0]
-    reader = Reader(seen, 4, rank=4, generator=generator)
+    reader = Reader(seen, rank=4, generator=generator)
     before = (reader(seen).argmax(1) == right)[200:].float().mean()
     plan = TrainingPlan(100, 0.03, weight_decay=0.0)
     batches = iter(lambda: torch.randint(200, (32,), generator=generator), None)
@@ -231,3 +274,21 @@ def test_arms_cover_what_is_compared():
     assert kinds[DEALT] == ("block", 16)
     assert kinds[LONGER] == ("full", 16)
     assert len(kinds) == 8
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_growing_lists_hold_what_the_claim_compares(setting):
+    """The length of training and four times as many documents, under both masks."""
+    read_densely = setting.numbers[: setting.dense_numbers]
+    assert {setting.documents, 4 * setting.documents} <= set(read_densely)
+    assert setting.pool > setting.numbers[-1]
+
+
+def test_the_build_rebuilds_alike(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        build(tmp_path / folder, "smoke")
+    names = ["lists.json", "scores.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "one").iterdir()) == names
+    equal, *_ = filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", names, shallow=False)
+    assert equal == names

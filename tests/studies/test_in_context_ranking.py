@@ -11,6 +11,7 @@ from reattend.studies.in_context_ranking import (
     bm25,
     cosines,
     first_is_right,
+    fitted_likelihood,
     fitted_temperature,
     glove_mean,
     held_out_likelihood,
@@ -92,6 +93,16 @@ def test_temperature_is_fitted_on_what_was_not_drawn():
     right = torch.tensor([0, 0, 0, 0, 1, 1])
     found = held_out_likelihood(scores, right, torch.tensor([[2, 0, 0, 0, 0]]))
     assert found.tolist() == [[pytest.approx(math.log(1 / 4), abs=1e-3)]]
+
+
+def test_every_seed_has_the_temperature_that_suits_its_scores():
+    """Three of four items are right at a margin of .1, or ten times that: both call for log 3."""
+    even = torch.tensor([[0.1, 0.0]]).expand(4, -1)
+    found = fitted_likelihood(torch.stack([even, 10 * even]), torch.tensor([0, 0, 0, 1]))
+    expected = [math.log(3 / 4)] * 3 + [math.log(1 / 4)]
+    assert found.tolist() == [pytest.approx(expected, abs=1e-3)] * 2
+    certain = fitted_likelihood(even[None], torch.zeros(4, dtype=torch.long))
+    assert certain.tolist() == [pytest.approx([0] * 4, abs=1e-6)]
 
 
 def test_slots_lose_their_mean_over_training_items():

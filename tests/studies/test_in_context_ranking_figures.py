@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from reattend.studies.in_context_ranking_figures import (
+    draw_by_number,
     draw_latency,
     draw_layers,
     draw_masks,
@@ -54,6 +55,18 @@ def test_rankers_stand_at_their_means_beside_the_papers():
     diamonds = [x.get_xdata()[0] for x in here.get_lines() if x.get_marker() == "D"]
     assert diamonds == pytest.approx([50, 87.5])
     assert [bar.get_width() for bar in paper.patches] == [29.1]
+
+
+def test_growing_lists_are_drawn_above_chance():
+    hits = {"words": {2: np.array([[1.0, 0, 1, 1]]), 8: np.array([[0.0, 0, 1, 1]])}}
+    nats = {"words": {n: np.full((2, 4), -np.log(n)) for n in (2, 8)}}
+    fig = draw_by_number(nats, hits, 4, {50: 29.1, 500: 28.7})
+    above, first, paper = map(lines, fig.axes)
+    assert above["words"] == pytest.approx([0, 0])
+    assert above["certain"] == pytest.approx(np.log([2, 8]))
+    assert first["words"] == pytest.approx([75, 50])
+    assert first["chance"] == pytest.approx([50, 12.5])
+    assert next(iter(paper.values())) == [29.1, 28.7]
 
 
 def test_latency_has_medians_and_the_papers_curves():

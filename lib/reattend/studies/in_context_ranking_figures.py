@@ -83,6 +83,48 @@ def draw_rankers(
     return fig
 
 
+def draw_by_number(
+    likelihoods: Mapping[str, Mapping[int, Float[np.ndarray, "_ items"]]],
+    hits: Mapping[str, Mapping[int, Float[np.ndarray, "_ items"]]],
+    trained: int,
+    reported: Mapping[int, float],
+) -> Figure:
+    """What rankers find in growing lists, with 95 % intervals over queries: nats above chance, P@1, the paper's P@1.
+
+    Args:
+        likelihoods, hits: by ranker and number of documents.
+        trained: the number of documents in training.
+        reported: the paper's P@1 by number of documents, %, on its own data and model.
+    """
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.8), width_ratios=[3, 3, 1.6])
+    styles = [(c, m) for m in ("-", "--") for c in COLOURS]
+    for axis, values, scale in ((axes[0], likelihoods, 1), (axes[1], hits, 100)):
+        for (name, of), (colour, line) in zip(values.items(), styles, strict=False):
+            numbers = sorted(of)
+            above = [np.log(n) if scale == 1 else 0 for n in numbers]
+            means = [
+                mean(scale * of[n].mean(0) + more) for n, more in zip(numbers, above, strict=True)
+            ]
+            axis.plot(
+                numbers, [m.effect for m in means], line, color=colour, marker=".", label=name
+            )
+            axis.vlines(numbers, [m.low for m in means], [m.high for m in means], colour, lw=0.8)
+        axis.axvline(trained, color=REPORTED, lw=1, ls=":")
+        axis.set(xscale="log", xlabel="documents N")
+        axis.set_xticks(numbers := sorted(next(iter(values.values()))), numbers)
+        axis.minorticks_off()
+    every = sorted(next(iter(hits.values())))
+    axes[0].plot(every, np.log(every), color=REPORTED, ls="--", lw=1, label="certain")
+    axes[0].set_ylabel("log-likelihood above chance, nats")
+    axes[1].plot(every, [100 / n for n in every], color=REPORTED, ls="--", lw=1, label="chance")
+    axes[1].set(ylabel="right document first, %", ylim=(0, 102))
+    axes[1].legend(fontsize=6)
+    axes[2].plot(list(reported), list(reported.values()), "s-", color=REPORTED)
+    axes[2].set(xscale="log", xlabel="documents N", ylabel="P@1, %", title="paper: MS MARCO")
+    axes[2].set_ylim(0, None)
+    return fig
+
+
 def draw_latency(
     numbers: Sequence[int],
     seconds: Float[np.ndarray, "2 rounds numbers"],

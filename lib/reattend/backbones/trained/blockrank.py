@@ -12,7 +12,7 @@ Files: `lists.json` and `scores.safetensors`; see `load`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,10 +24,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import rotate_half
 
-from reattend.attention.dense import causal_token_mask, dense_attention
-from reattend.backbones.pretrained import smollm2
+from reattend.attention.dense import causal_sdpa, causal_token_mask, dense_attention
+from reattend.backbones.pretrained import minilm, smollm2
 from reattend.backbones.store import backbone_path
-from reattend.data.verse_lists import VerseList, verse_lists
+from reattend.backbones.trained.crosstune import SentenceEncoder
+from reattend.data.verse_lists import NestedLists, VerseList, nested_lists, verse_lists
 from reattend.text_matching.blockrank import (
     auxiliary_loss,
     head_scores,
@@ -109,6 +110,7 @@ class Masked:
     def __init__(self, mask: str, block: Int[Tensor, "batch tokens"], generator: Generator) -> None:
         self.block, self.random, self.generator = block, mask == "random", generator
         real = block >= 0
+        self.plain = mask == "full" and bool(real.all())  # has a faster kernel
         self.allowed = visible(block)
         if mask == "full":
             self.allowed = causal_token_mask(*[block.shape[1]] * 2) & real[:, None]
@@ -117,6 +119,8 @@ class Masked:
             self.positions = (real.cumsum(1) - 1).clamp(min=0)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.plain:
+            return causal_sdpa(query, key, value)
         allowed = random_blocks(self.block, self.generator) if self.random else self.allowed
         # A row of padding has nothing to see: it may see everything, and nobody sees it.
         allowed = (allowed | (self.block < 0)[:, :, None])[:, None]
@@ -152,6 +156,11 @@ class Seen:
 
     def __len__(self) -> int:
         return len(self.document)
+
+    @property
+    def documents(self) -> int:
+        """N, the same in every prompt."""
+        return int(self.document.max()) + 1
 
 
 @torch.no_grad()
@@ -235,6 +244,83 @@ def _together(parts: Sequence[Seen]) -> Seen:
     return Seen(*map(one, Seen.__dataclass_fields__))
 
 
+class Together:
+    """Prompts of one instruction under the block mask, read at once.
+
+    What a document's tokens become does not depend on the list that it stands in, so a document (with
+    its number) that several prompts hold is read once; each prompt has a query segment of its own, which
+    sees the documents of that prompt. The attention of a layer, as for `states_entering`.
+
+    Attributes:
+        ids, positions: instruction, all documents padded on the left to one length, all query segments.
+        rows, blocks: of each prompt, which of these tokens are its own, in its order, and their block numbers.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[Sequence[int]]]) -> None:
+        instruction = list(prompts[0][0])
+        documents = list(dict.fromkeys(tuple(d) for prompt in prompts for d in prompt[1:-1]))
+        number = {document: i for i, document in enumerate(documents)}
+        self.first, self.length = len(instruction), max(map(len, documents))
+        self.real = torch.tensor(
+            [[False] * (self.length - len(d)) + [True] * len(d) for d in documents]
+        )
+        self.end = self.first + self.real.numel()
+        ids = instruction + [t for d in documents for t in (*[0] * (self.length - len(d)), *d)]
+        within = (self.real.cumsum(1) - 1 + self.first).masked_fill(~self.real, 0)
+        positions = [torch.arange(self.first), within.flatten()]
+        place = torch.arange(self.first, self.end).unflatten(0, self.real.shape)
+        self.rows, self.blocks = [], []
+        for prompt in prompts:
+            held = [place[number[tuple(d)]][self.real[number[tuple(d)]]] for d in prompt[1:-1]]
+            segment = torch.arange(len(ids), len(ids) + len(prompt[-1]))
+            self.rows.append(torch.cat([torch.arange(self.first), *held, segment]))
+            sizes = torch.tensor([len(block) for block in prompt])
+            self.blocks.append(torch.arange(len(prompt)).repeat_interleave(sizes)[None])
+            ids += prompt[-1]
+            positions.append(OFFSET + torch.arange(len(prompt[-1])))
+        self.ids, self.positions = torch.tensor([ids]), torch.cat(positions)[None]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        first, end = slice(None, self.first), slice(self.first, self.end)
+        count = len(self.real)
+
+        def apart(x: Tensor) -> Float[Tensor, "documents heads tokens dim"]:
+            return x[0, :, end].unflatten(1, (count, -1)).transpose(0, 1)
+
+        def seen(x: Tensor) -> Float[Tensor, "documents heads tokens dim"]:
+            return torch.cat([x[:, :, first].expand(count, -1, -1, -1), apart(x)], 2)
+
+        own = causal_token_mask(self.length, self.length) & self.real[:, None]
+        mask = F.pad(own, (self.first, 0), value=True) | ~self.real[..., None]
+        of_documents = F.scaled_dot_product_attention(
+            apart(query), seen(key), seen(value), attn_mask=mask[:, None], enable_gqa=True
+        )
+        output = [
+            causal_sdpa(*(x[:, :, first] for x in (query, key, value))),
+            of_documents.transpose(0, 1).flatten(1, 2)[None],
+        ]
+        for rows, block in zip(self.rows, self.blocks, strict=True):
+            size = int((block == block.max()).sum())
+            own = rows[-size:], rows, rows
+            output.append(
+                causal_sdpa(*(x[:, :, i] for x, i in zip((query, key, value), own, strict=True)))
+            )
+        return torch.cat(output, 2)
+
+
+@torch.no_grad()
+def read_together(
+    model: PreTrainedModel, prompts: Sequence[Sequence[Sequence[int]]], layer: int
+) -> list[Seen]:
+    """What a reader of `layer` is given of each prompt under the block mask; see `Together`."""
+    attend = Together(prompts)
+    states = states_entering(model, attend.ids, attend.positions, attend, [layer])[layer]
+    return [
+        _seen(model, layer, states[:, rows], block, attend.positions[:, rows])
+        for rows, block in zip(attend.rows, attend.blocks, strict=True)
+    ]
+
+
 class Reader(nn.Module):
     """Scores documents by a layer's attention, with low-rank changes of W_q and W_k.
 
@@ -242,20 +328,12 @@ class Reader(nn.Module):
 
     Args:
         seen: an example of what it will be given, for the widths and heads.
-        documents: N.
         rank: of both changes.
         generator: of the first factors.
     """
 
-    def __init__(
-        self,
-        seen: Seen,
-        documents: int,
-        rank: int,
-        generator: Generator,
-    ) -> None:
+    def __init__(self, seen: Seen, rank: int, generator: Generator) -> None:
         super().__init__()
-        self.documents = documents
         width = seen.inputs.shape[-1]
 
         def factors(projected: Tensor) -> nn.ParameterList:
@@ -267,13 +345,13 @@ class Reader(nn.Module):
 
     def by_head(self, seen: Seen) -> Float[Tensor, "prompts heads documents"]:
         """S of every head."""
-        query = _change(seen.signal_inputs, *self.query, seen.signal_turn)
-        key = _change(seen.inputs, *self.key, seen.turn)
+        query = seen.query + _change(seen.signal_inputs, *self.query, seen.signal_turn)
+        key = seen.key + _change(seen.inputs, *self.key, seen.turn)
         return head_scores(
-            seen.query.transpose(1, 2) + query,
-            seen.key.transpose(1, 2) + key,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
             seen.document,
-            self.documents,
+            seen.documents,
         )
 
     def forward(self, seen: Seen) -> Float[Tensor, "prompts documents"]:
@@ -283,11 +361,15 @@ class Reader(nn.Module):
 
 def _change(
     inputs: Tensor, first: Tensor, second: Tensor, turn: Tensor
-) -> Float[Tensor, "prompts heads tokens dim"]:
+) -> Float[Tensor, "prompts tokens heads dim"]:
     """What is added to a projection, turned; to turn small factors costs less than to turn all tokens."""
-    narrow = (inputs @ first.to(inputs.dtype)).float()[:, None]
-    cosine, sine = turn[:, None, :, 0], turn[:, None, :, 1]
-    return cosine * (narrow @ second) + sine * (narrow @ rotate_half(second))
+    narrow = (inputs @ first.to(inputs.dtype)).float()
+    cosine, sine = turn[:, :, None, 0], turn[:, :, None, 1]
+    straight, half = (
+        (narrow @ factor.transpose(0, 1).flatten(1)).unflatten(-1, second.shape[::2])
+        for factor in (second, rotate_half(second))
+    )
+    return cosine * straight + sine * half
 
 
 def fit_reader(
@@ -298,7 +380,7 @@ def fit_reader(
     batches: Iterator,
 ) -> TrainingLog:
     """Train a reader by L_aux on batches of positions among the prompts."""
-    positive = F.one_hot(right, reader.documents).bool()
+    positive = F.one_hot(right, seen.documents).bool()
 
     def loss(reader: Reader, rows: Tensor) -> Tensor:
         return auxiliary_loss(reader(seen[rows]), positive[rows], TEMPERATURE)
@@ -392,22 +474,31 @@ class Setting:
 
     Attributes:
         train, test: prompts.
-        further: test prompts that are read under the full mask up to l* alone.
         documents: N of each.
         looked: test prompts of which all attention is looked at.
+        seeds: readers under the full and the block mask; each trains on its own bootstrap draw of the
+            training prompts.
+        fewer: readers of every other kind.
+        nested: queries whose lists grow.
+        numbers: of documents in these lists, growing.
+        dense_numbers: how many of these numbers are read under the full mask too.
+        pool: texts from which their wrong documents are taken.
         layer: l*, under every mask.
         layers: further ones under the full mask.
-        seeds: readers of each kind; each trains on its own bootstrap draw of the training prompts.
         rank, steps, learning_rate, batch: of a reader and its training.
     """
 
     train: int
     test: int
-    further: int
     documents: int
     looked: int
     seeds: int
+    fewer: int
     steps: int
+    nested: int
+    numbers: tuple[int, ...]
+    dense_numbers: int
+    pool: int = 2_400
     learning_rate: float = 3e-3
     rank: int = 8
     batch: int = 16
@@ -416,13 +507,48 @@ class Setting:
 
 
 SETTINGS = {
-    "smoke": Setting(train=12, test=8, further=4, documents=4, looked=3, seeds=3, steps=4, batch=8),
-    "cpu": Setting(train=240, test=220, further=580, documents=8, looked=24, seeds=8, steps=150),
+    "smoke": Setting(
+        train=12,
+        test=8,
+        documents=4,
+        looked=3,
+        seeds=3,
+        fewer=3,
+        steps=4,
+        nested=4,
+        numbers=(3, 4, 16),
+        dense_numbers=3,
+        pool=60,
+        batch=8,
+    ),
+    "cpu": Setting(
+        train=240,
+        test=220,
+        documents=8,
+        looked=24,
+        seeds=8,
+        fewer=4,
+        steps=150,
+        nested=40,
+        numbers=(5, 8, 16, 32, 100),
+        dense_numbers=4,
+    ),
     "gpu": Setting(
-        train=4_000, test=960, further=960, documents=8, looked=240, seeds=16, steps=1_000, batch=32
+        train=4_000,
+        test=960,
+        documents=8,
+        looked=240,
+        seeds=16,
+        fewer=8,
+        steps=1_000,
+        nested=480,
+        numbers=(5, 8, 16, 32, 100),
+        dense_numbers=5,
+        batch=32,
     ),
 }
 DEALT, LONGER = "block, documents at random", "full, twice the steps"
+SHUFFLED, AS_IS = "block, another query's segment", "block, as it is"
 
 
 def arms(setting: Setting) -> dict[str, tuple[str, int]]:
@@ -441,7 +567,7 @@ def build(target: Path, profile: str) -> None:
     setting = SETTINGS[profile]
     model, tokenizer = smollm2.load(dtype=torch.bfloat16)
     lists = verse_lists(setting.train, setting.documents, "train", 0)
-    lists += verse_lists(setting.test + setting.further, setting.documents, "test", 0)
+    lists += verse_lists(setting.test, setting.documents, "test", 0)
     prompts = [prompt_blocks(tokenizer, item) for item in lists]
     right = torch.tensor([item.right for item in lists])
     tensors: dict[str, Tensor] = {}
@@ -452,25 +578,83 @@ def build(target: Path, profile: str) -> None:
     tensors["between"], tensors["segments"] = shares(model, prompts[looked], lists[looked])
     drawn = [_draw(setting, seed) for seed in range(setting.seeds)]
     tensors["drawn"] = torch.stack([d.bincount(minlength=setting.train) for d in drawn])
-    kinds, everywhere = arms(setting), setting.train + setting.test
+    kinds, readers = arms(setting), {}
     for mask in MASKS:
         layers = sorted({layer for other, layer in kinds.values() if other == mask})
-        asked = names if mask == "full" else None
-        seen, answers = read(model, prompts[:everywhere], mask, layers, seed=0, names=asked)
+        seen, answers = _read_all(model, prompts, mask, layers, names, setting.train)
         if answers is not None:
             tensors["decoded"] = answers
-            more, _ = read(model, prompts[everywhere:], mask, [setting.layer], seed=0)
-            seen[setting.layer] = _together([seen[setting.layer], more[setting.layer]])
         print(f"{mask}: read", flush=True)
         for arm, (_, layer) in ((a, k) for a, k in kinds.items() if k[0] == mask):
-            trained, losses, untrained = _readers(arm, seen[layer], right, drawn, setting)
-            tensors |= {f"{arm}/scores": trained, f"{arm}/losses": losses}
-            tensors[f"{arm}/untrained"] = untrained
+            of_arm = drawn if arm in MASKS[:2] else drawn[: setting.fewer]
+            readers[arm], losses = _readers(arm, seen[layer], right, of_arm, setting)
+            tensors[f"{arm}/scores"] = torch.stack([_outputs(r, seen[layer]) for r in readers[arm]])
+            tensors[f"{arm}/losses"] = losses
+            as_it_is = Reader(seen[layer], setting.rank, Generator().manual_seed(0))
+            tensors[f"{arm}/untrained"] = _outputs(as_it_is.by_head, seen[layer])
+            if (arm, layer) == ("block", setting.layer):
+                readers[AS_IS] = [as_it_is]
             print(f"{arm}: trained", flush=True)
-    save_file({n: t.contiguous() for n, t in tensors.items()}, target / "scores.safetensors")
-    (target / "lists.json").write_text(
-        json.dumps([asdict(item) for item in lists]), encoding="utf8"
+    encode = SentenceEncoder(*minilm.load())
+    nested, tensors["minilm"] = nested_lists(
+        setting.nested, setting.numbers, "test", 1, encode, pool=setting.pool
     )
+    tensors |= _scores_by_number(model, tokenizer, nested, readers, setting)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, target / "scores.safetensors")
+    facts = {"lists": [asdict(i) for i in lists], "nested": [asdict(i) for i in nested]}
+    (target / "lists.json").write_text(json.dumps(facts), encoding="utf8")
+
+
+def _read_all(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    mask: str,
+    layers: Sequence[int],
+    names: Int[Tensor, " documents"],
+    train: int,
+) -> tuple[dict[int, Seen], Float[Tensor, "test documents"] | None]:
+    """`read`; under the full mask test prompts are answered as well, and prompts are read one by one.
+
+    Without padding dense attention has a faster kernel.
+    """
+    if mask != "full":
+        return read(model, prompts, mask, layers, seed=0)
+    seen, _ = read(model, prompts[:train], mask, layers, seed=0, batch=1)
+    more, answers = read(model, prompts[train:], mask, layers, seed=0, names=names, batch=1)
+    return {layer: _together([seen[layer], more[layer]]) for layer in layers}, answers
+
+
+def _scores_by_number(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    nested: Sequence[NestedLists],
+    readers: Mapping[str, Sequence[Reader]],
+    setting: Setting,
+) -> dict[str, Float[Tensor, "readers queries documents"]]:
+    """S of nested lists by readers trained at one length, "arm/at number".
+
+    Under the block mask also by readers whose query segment asks the next query in place of the own (the
+    instruction and the documents are as they were), and by the layer's attention as it is.
+    """
+    found: dict[str, list[Tensor]] = {}
+
+    def note(arm: str, seen: Seen, by: Sequence[Reader]) -> None:
+        scores = torch.stack([_outputs(reader, seen)[0] for reader in by])
+        found.setdefault(f"{arm}/at {seen.documents}", []).append(scores)
+
+    for item, other in zip(nested, [*nested[1:], nested[0]], strict=True):
+        lists = [prompt_blocks(tokenizer, item.at(number)) for number in setting.numbers]
+        segment = prompt_blocks(tokenizer, other.at(setting.numbers[0]))[-1]
+        shuffled = [[*prompt[:-1], segment] for prompt in lists]
+        seen = read_together(model, [*lists, *shuffled], setting.layer)
+        for own, another in zip(seen[: len(lists)], seen[len(lists) :], strict=True):
+            for arm in ("block", DEALT, AS_IS):
+                note(arm, own, readers[arm])
+            note(SHUFFLED, another, readers["block"])
+        for prompt in lists[: setting.dense_numbers]:
+            dense, _ = read(model, [prompt], "full", [setting.layer], seed=0)
+            note("full", dense[setting.layer], readers["full"])
+    return {name: torch.stack(scores, 1) for name, scores in found.items()}
 
 
 def _draw(setting: Setting, seed: int) -> Int[Tensor, " train"]:
@@ -485,35 +669,32 @@ def _readers(
     right: Int[Tensor, " prompts"],
     drawn: Sequence[Int[Tensor, " train"]],
     setting: Setting,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores of all prompts by one reader a seed, the losses of each, and the scores of untrained heads."""
+) -> tuple[list[Reader], Float[Tensor, "seeds steps"]]:
+    """One trained reader a draw, and the losses of each."""
     steps = setting.steps * (2 if arm == LONGER else 1)
     plan = TrainingPlan(steps, setting.learning_rate, weight_decay=0.0, warmup=steps // 10)
-    scores, losses, untrained = [], [], None
+    readers, losses = [], []
     for seed, rows in enumerate(drawn):
         generator = Generator().manual_seed(seed)
-        reader = Reader(seen, setting.documents, setting.rank, generator)
-        if untrained is None:
-            untrained = _outputs(reader.by_head, seen)
-        target = right[: len(seen)]
+        reader = Reader(seen, setting.rank, generator)
+        target = right
         if arm == DEALT:
             target = torch.randint(setting.documents, target.shape, generator=generator)
         order = index_batches(setting.train, setting.batch, seed)
         batches = (rows[index] for index in order)
         losses.append(fit_reader(reader, seen, target, plan, batches).losses)
-        scores.append(_outputs(reader, seen))
-    return torch.stack(scores), torch.tensor(losses), untrained
+        readers.append(reader)
+    return readers, torch.tensor(losses)
 
 
 @torch.no_grad()
 def _outputs(score: Callable[[Seen], Tensor], seen: Seen) -> Tensor:
-    return torch.cat([score(seen[rows]) for rows in torch.arange(len(seen)).split(128)])
+    return torch.cat([score(seen[rows]) for rows in torch.arange(len(seen)).split(32)])
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What was found in a profile; items are training prompts, then test prompts, then, under the full
-    mask at l* alone, further test prompts.
+    """What was found in a profile; items are training prompts, then test prompts.
 
     Attributes:
         lists: the prompts' queries and documents.
@@ -522,7 +703,10 @@ class Asked:
         untrained: by kind of reader, S of every head of the layer as it is.
         losses: by kind of reader, of every training step.
         drawn: how often each training prompt is in the draw of a seed.
-        decoded: logits of the documents' numbers under the full mask.
+        decoded: logits of the documents' numbers under the full mask, test prompts.
+        nested: queries whose lists grow.
+        minilm: MiniLM's cosine of each with its right document, then with the others in their order.
+        by_number: S of their lists by kind of reader (also SHUFFLED and AS_IS) and number of documents.
         between, segments: see `Shares`, the first test prompts.
     """
 
@@ -533,7 +717,10 @@ class Asked:
     untrained: dict[str, Float[Tensor, "items heads documents"]]
     losses: dict[str, Float[Tensor, "seeds steps"]]
     drawn: Int[Tensor, "seeds train"]
-    decoded: Float[Tensor, "items documents"]
+    decoded: Float[Tensor, "test documents"]
+    nested: list[NestedLists]
+    minilm: Float[Tensor, "queries documents"]
+    by_number: dict[tuple[str, int], Float[Tensor, "seeds queries documents"]]
     between: Float[Tensor, "looked layers 2"]
     segments: Float[Tensor, "looked layers 9"]
 
@@ -542,13 +729,30 @@ def load(profile: str = "cpu") -> Asked:
     """All that was found in a profile; builds it first when it is missing."""
     directory = backbone_path("blockrank", profile)
     facts = json.loads((directory / "lists.json").read_text(encoding="utf8"))
-    lists = [VerseList(f["query"], tuple(f["documents"]), f["right"]) for f in facts]
+    lists = [VerseList(f["query"], tuple(f["documents"]), f["right"]) for f in facts["lists"]]
+    nested = [
+        NestedLists(f["query"], f["right"], *(tuple(f[n]) for n in ("others", "numbers", "places")))
+        for f in facts["nested"]
+    ]
     tensors = load_file(directory / "scores.safetensors")
     kinds = [name.removesuffix("/scores") for name in tensors if name.endswith("/scores")]
     by_kind = (
         {kind: tensors[f"{kind}/{part}"] for kind in kinds}
         for part in ("scores", "untrained", "losses")
     )
-    others = (tensors[name] for name in ("drawn", "decoded", "between", "segments"))
-    sizes = SETTINGS[profile].train, SETTINGS[profile].test
-    return Asked(lists, *sizes, *by_kind, *others)
+    grown = [name for name in tensors if "/at " in name]
+    by_number = {(n.split("/at ")[0], int(n.split("/at ")[1])): tensors[n] for n in grown}
+    setting = SETTINGS[profile]
+    return Asked(
+        lists,
+        setting.train,
+        setting.test,
+        *by_kind,
+        tensors["drawn"],
+        tensors["decoded"],
+        nested,
+        tensors["minilm"],
+        by_number,
+        tensors["between"],
+        tensors["segments"],
+    )
