@@ -9,14 +9,16 @@ from torch.utils._pytree import tree_leaves
 
 from reattend.backbones.trained import mambarec as build
 from reattend.backbones.trained.mambarec import (
+    ALL_ARMS,
     ARMS,
-    GATE_ARMS,
+    FIRST_SEED,
     GRID,
     MEASURES,
     MODALITIES,
     MORE_ARMS,
     OFF,
-    RIVAL_ARMS,
+    TUNED,
+    WIDE_ARMS,
     Arm,
     Setting,
     Worlds,
@@ -44,7 +46,7 @@ from reattend.recommendation.ranking import list_scores
 
 TASTE = Taste(users=23, items=31, components=2, counts=(4, 2, 5))
 SETTING = Setting(None, TASTE, 2, 2, 1, 1, 2, 1, 37, 6, 2)
-ALL_ARMS = ARMS | GATE_ARMS | RIVAL_ARMS | MORE_ARMS
+TRAINED_ARMS = WIDE_ARMS | ARMS | MORE_ARMS
 
 
 def catalogue():
@@ -96,7 +98,9 @@ def test_draws_depend_on_seed_and_epoch_alone():
     assert not torch.equal(first.batch.users, second.batch.users)
 
 
-@pytest.mark.parametrize("name", ["MambaRec", "random clouds", "LightGCN", "VBPR", "FREEDOM"])
+@pytest.mark.parametrize(
+    "name", ["MambaRec", "random clouds", "BPR-MF", "LightGCN", "VBPR", "FREEDOM"]
+)
 def test_a_world_trains_as_it_would_alone(name):
     arm = ALL_ARMS[name]
     (_, together), (_, alone) = (fit(w, arm, SETTING) for w in (worlds_of(3, 4), worlds_of(4)))
@@ -116,7 +120,7 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ALL_ARMS)
+@pytest.mark.parametrize("name", TRAINED_ARMS)
 def test_an_arm_stays_on_the_device_of_its_worlds(name, monkeypatch):
     """On the meta device, which stands in for a GPU."""
     arm, worlds = ALL_ARMS[name], worlds_of(3, 4)
@@ -149,7 +153,7 @@ def test_losses_of_arms():
     worlds = worlds_of(3, 4)
     drawn, cloud = next(steps(worlds, SETTING, 0)), clouds(worlds, 6)
     weights = Weights(contrast=0.5, align=0.7, bandwidth=1.5)
-    arm = Arm(0.01, weights=weights)
+    arm = Arm(weights=weights)
     model = make_model(worlds, arm, SETTING)
     views = model(drawn.keep)
     batch = drawn.batch
@@ -195,7 +199,7 @@ def test_clouds_have_the_shape_of_a_rectified_layer_and_centres_of_their_own():
 
 def test_checks_are_made_in_evaluation_mode_on_unseen_things():
     worlds = worlds_of(3, 4)
-    model, curve = fit(worlds, Arm(0.01), SETTING)
+    model, curve = fit(worlds, Arm(), SETTING)
     assert model.training
     found = check(model, worlds)
     torch.testing.assert_close(found, curve[-1])
@@ -227,13 +231,14 @@ def test_features_are_centred_and_of_unit_mean_square():
 
 
 def test_arms_differ_from_mambarec_in_what_they_are_named_for():
-    whole = ARMS["MambaRec"]
+    plain = TUNED["MambaRec"]
+    arms = {name: arm.at(*plain) for name, arm in TRAINED_ARMS.items()}
+    whole = arms["MambaRec"]
     changed = {
         name: {f for f in Arm.__dataclass_fields__ if getattr(arm, f) != getattr(whole, f)}
-        - {"rate"}
-        for name, arm in (ARMS | GATE_ARMS).items()
+        for name, arm in arms.items()
     }
-    assert changed == {
+    assert {name: fields - {"longer"} for name, fields in changed.items()} == {
         "MambaRec": set(),
         "MGCN": {"design", "weights"},
         "no DREAM": {"design"},
@@ -244,17 +249,56 @@ def test_arms_differ_from_mambarec_in_what_they_are_named_for():
         "permuted pairs": {"pairs"},
         "factor 1": {"design"},
         "permuted features": {"content"},
-        "LightGCN": {"kind", "longer"},
+        "square": {"design"},
+        "gates of the figure": {"design"},
+        "factor 192": {"design"},
+        "MGCN as released": {"design", "weights", "layers"},
+        "BPR-MF": {"kind"},
+        "LightGCN": {"kind"},
+        "VBPR": {"kind"},
+        "FREEDOM": {"kind", "layers", "dropped", "features"},
+        "FREEDOM, whole graph": {"kind", "layers", "features"},
     }
     assert ARMS["plain layer"].design == Design(refine="plain")
     assert ARMS["MGCN"].design == OFF
-    assert ARMS["no MMD"].weights == replace(whole.weights, align=0.0)
-    assert ARMS["no CL"].weights == replace(whole.weights, contrast=0.0)
+    assert arms["no MMD"].weights == replace(whole.weights, align=0.0)
+    assert arms["no CL"].weights == replace(whole.weights, contrast=0.0)
     assert next(iter(GRID.values())) == whole
     for name, arm in GRID.items():
         assert replace(arm, weights=whole.weights) == whole
         assert name == f"MMD {arm.weights.align:g}, s {arm.weights.bandwidth:g}"
     assert len(set(map(repr, GRID.values()))) == 9
+
+
+def test_arms_have_what_was_tuned_for_them_or_for_mambarec():
+    assert set(TUNED) <= set(ALL_ARMS)
+    for name, arm in ALL_ARMS.items():
+        expected = TUNED.get(name, TUNED["MambaRec"])
+        assert (arm.rate, arm.weights.decay, arm.scale) == expected
+
+
+@pytest.mark.parametrize("name", ["MambaRec", "BPR-MF", "VBPR", "FREEDOM"])
+def test_the_scale_is_that_of_the_tables_of_users_and_items_alone(name):
+    arm, worlds = ALL_ARMS[name], worlds_of(3)
+    whole, small = (
+        make_model(worlds, replace(arm, scale=scale), SETTING).state_dict() for scale in (1.0, 0.25)
+    )
+    for key, value in whole.items():
+        factor = 0.25 if key in ("user_table", "item_table") else 1.0
+        torch.testing.assert_close(small[key].double(), factor * value.double())
+
+
+def test_training_stops_after_checks_without_gain(monkeypatch):
+    recalls = iter([9.0, 8.0, 1.0, 1.0, 1.0, 1.0, 3.0, 2.0, 2.5, 4.0])
+
+    def checked(model, worlds):
+        return torch.full((len(worlds.seeds), len(MEASURES)), next(recalls))
+
+    monkeypatch.setattr(build, "check", checked)
+    setting = replace(SETTING, epochs=9)
+    curve = fit(worlds_of(3), Arm("bpr"), setting, patience=2)[1]
+    assert curve[:, 0, 0].tolist() == [9.0, 8.0, 1.0, 1.0, 1.0, 1.0, 3.0, 2.0, 2.5]
+    assert chosen(curve) == 1
 
 
 def test_few_worlds_are_the_first_ones():
@@ -269,13 +313,17 @@ def test_few_worlds_are_the_first_ones():
 def test_smoke_trains_every_arm(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "stamp_content", lambda limit: catalogue())
     monkeypatch.setitem(
-        build.SETTINGS, "smoke", replace(SETTING, seeds=3, worlds=5, few=2, grid=1, together=2)
+        build.SETTINGS, "smoke", replace(SETTING, worlds=5, seeds=3, few=2, grid=1, together=2)
     )
+    made = []
+    draw = build.Worlds.of
+    monkeypatch.setattr(build.Worlds, "of", lambda *given: made.extend(given[2]) or draw(*given))
     build.build(tmp_path, "smoke")
+    assert made == list(range(FIRST_SEED, FIRST_SEED + 5))
     monkeypatch.setattr(build, "backbone_path", lambda *_: tmp_path)
     found = build.load("smoke")
+    assert {len(found.curves[name][0]) for name in WIDE_ARMS} == {5}
     assert {len(found.curves[name][0]) for name in ARMS} == {3}
-    assert {len(found.curves[name][0]) for name in GATE_ARMS} == {5}
     assert {len(found.curves[name][0]) for name in MORE_ARMS} == {2}
     assert {len(found.curves[name][0]) for name in GRID} == {1}
     assert found.refined["MambaRec"]["words"].shape == (13, 6)

@@ -11,6 +11,7 @@ from reattend.recommendation.baselines import (
     FREEDOM,
     VBPR,
     LightGCN,
+    MatrixFactorisation,
     even_neighbour_graph,
     feature_loss,
     popularity,
@@ -469,13 +470,39 @@ def test_light_gcn_without_layers_is_matrix_factorisation():
     torch.testing.assert_close(deep().final, (tables + a @ tables + a @ a @ tables) / 3)
 
 
+def test_light_gcn_penalises_its_tables_and_not_what_the_graph_makes_of_them():
+    model = LightGCN(generators(0, 1), interactions(2, USERS, ITEMS), 2, 4)
+    batch, views = small_batch(2), model()
+    penalty = recommendation_loss(views, batch, 0.3) - recommendation_loss(views, batch, 0.0)
+    for copy in range(2):
+        rows = [r[copy] for r in (batch.users, batch.positives, batch.negatives)]
+        tables = (model.user_table[copy], model.item_table[copy], model.item_table[copy])
+        squares = sum(t[r].square().sum() for t, r in zip(tables, rows, strict=True))
+        torch.testing.assert_close(penalty[copy], 0.3 * 0.5 * squares / 6)
+
+
+def test_matrix_factorisation_adds_the_bias_of_an_item():
+    model = MatrixFactorisation(generators(0, 1), USERS, ITEMS, 4)
+    assert not model.bias.any()
+    with torch.no_grad():
+        model.bias.copy_(normal(2, ITEMS, 1))
+    expected = model.user_table @ model.item_table.mT + model.bias.mT
+    torch.testing.assert_close(model().scores(), expected)
+
+
 def test_vbpr_scores():
+    """Equation 4 of He and McAuley without what is the same for all items of a user."""
     features = {m: normal(1, ITEMS, d).float() for m, d in DIMS.items()}
     model = VBPR(generators(0), features, USERS, 4)
+    with torch.no_grad():
+        model.bias.copy_(normal(1, ITEMS, 1))
+        model.seen_bias.copy_(normal(1, sum(DIMS.values()), 1, seed=1))
     joined = torch.cat([features["picture"], features["words"]], 2)
     seen = joined @ model.project.weight + model.project.bias
     first, second = model.user_table.split(4, dim=2)
-    torch.testing.assert_close(model().scores(), first @ model.item_table.mT + second @ seen.mT)
+    bias = model.bias + joined @ model.seen_bias
+    expected = first @ model.item_table.mT + second @ seen.mT + bias.mT
+    torch.testing.assert_close(model().scores(), expected)
     assert "features" not in dict(model.named_parameters())
 
 
@@ -574,6 +601,13 @@ def test_thinning_keeps_its_share_and_spares_the_rare():
     assert 4.5 < rare / popular < 7.5
     both = thinned(liked.expand(2, -1, -1), 0.75, generators(5, 6))
     assert torch.equal(both[1:], thinned(liked, 0.75, generators(6)))
+
+
+def test_freedom_mixes_layer_by_layer_what_light_gcn_mixes_by_one_matrix():
+    model = small_freedom()
+    tables = torch.cat([model.user_table, model.item_table], 1)
+    paths = layer_mean(bipartite(model.interactions), model.layers)
+    torch.testing.assert_close(model.mixed(model.whole), paths @ tables)
 
 
 def test_freedom_trains_on_the_thinned_graph_and_is_read_on_the_whole():

@@ -6,11 +6,12 @@ import pandas as pd
 import pytest
 import torch
 
-from reattend.backbones.trained.mambarec import MEASURES
+from reattend.backbones.trained.mambarec import FIRST_SEED, MEASURES
 from reattend.studies.mambarec import (
     by_seed,
     chosen_scores,
     gains,
+    later_gain,
     mean_and_spread,
     selection_effect,
     shared_plane,
@@ -50,7 +51,8 @@ def test_scores_are_those_of_the_check_that_validation_chose_for_the_arm():
 def test_gains_are_paired_and_in_percent_of_the_reference():
     table = by_seed(chosen_scores(CURVES), "R@20")
     assert gains(table, "other", "MGCN").tolist() == pytest.approx([-20, 20])
-    table.loc[1, "other"] = np.nan
+    assert table.index.tolist() == [FIRST_SEED, FIRST_SEED + 1]
+    table.loc[FIRST_SEED + 1, "other"] = np.nan
     assert gains(table, "other", "MGCN").tolist() == pytest.approx([-20])
 
 
@@ -59,6 +61,12 @@ def test_what_choosing_on_test_adds():
     assert found["by validation"].tolist() == ["other", "MGCN"]
     assert found["by test"].tolist() == ["MGCN", "other"]
     assert found["gain, %"].tolist() == pytest.approx([100 / 3, 100 / 6])
+
+
+def test_what_twice_the_steps_bring():
+    recall = [[9.0, 9.0], [0.2, 0.4], [0.5, 0.3], [0.1, 0.1], [0.6, 0.4]]
+    assert later_gain(curve(recall, np.zeros((5, 2)))) == pytest.approx(25)
+    assert later_gain(curve(recall[:4], np.zeros((4, 2)))) == pytest.approx(100 / 3)
 
 
 def test_means_and_spreads():

@@ -1,7 +1,7 @@
 """Recommenders beside which MambaRec is set: popularity, matrix factorisation, LightGCN, VBPR, FREEDOM.
 
 Like `MambaRec` they hold several copies side by side, and give `Views`, so that one training loop serves all.
-Matrix factorisation is LightGCN with no layers.
+An item's bias is one more number of its embedding, which meets a constant 1 in a user's.
 """
 
 from __future__ import annotations
@@ -31,8 +31,41 @@ def popularity(
     return interactions.float().sum(1, keepdim=True).expand(interactions.shape)
 
 
+class MatrixFactorisation(nn.Module):
+    """A product of two embeddings and an item's bias, score = p_u . q_i + b_i (Rendle et al. 2009; Koren et al.).
+
+    Trained by BPR it is BPR-MF. A bias of users would change no order of items.
+    """
+
+    def __init__(
+        self, generators: Sequence[Generator], users: int, items: int, width: int = 64
+    ) -> None:
+        super().__init__()
+        self.users = users
+        self.user_table = embeddings(generators, users, width)
+        self.item_table = embeddings(generators, items, width)
+        self.bias = nn.Parameter(torch.zeros(len(generators), items, 1))
+
+    def forward(self, keep: Tensor | None = None) -> Views:
+        """Embeddings of all users and items; there is no dropout."""
+        return Views(biased(self.user_table, self.item_table, self.bias), None, {}, self.users)
+
+
+def biased(
+    users: Float[Tensor, "copies users width"],
+    items: Float[Tensor, "copies items width"],
+    bias: Float[Tensor, "copies items 1"],
+) -> Float[Tensor, "copies nodes wider"]:
+    """Users and items one behind the other, whose products are p_u . q_i + b_i."""
+    ones = torch.ones_like(users[..., :1])
+    return torch.cat([torch.cat([users, ones], 2), torch.cat([items, bias], 2)], 1)
+
+
 class LightGCN(nn.Module):
-    """Embeddings averaged over the layers of the interaction graph (He et al. 2020); none: BPR-MF."""
+    """Embeddings averaged over the layers of the interaction graph (He et al. 2020).
+
+    What is penalised is the table, before any layer.
+    """
 
     def __init__(
         self,
@@ -49,13 +82,15 @@ class LightGCN(nn.Module):
 
     def forward(self, keep: Tensor | None = None) -> Views:
         """Embeddings of all users and items; there is no dropout."""
-        return Views(
-            self.paths @ torch.cat([self.user_table, self.item_table], 1), None, {}, self.users
-        )
+        tables = torch.cat([self.user_table, self.item_table], 1)
+        return Views(self.paths @ tables, None, {}, self.users, tables)
 
 
 class VBPR(nn.Module):
-    """Matrix factorisation whose items also have projected features (He and McAuley 2016)."""
+    """Matrix factorisation whose items also have projected features (He and McAuley 2016).
+
+    score = p_u . q_i + t_u . (E f_i) + b_i + e . f_i: both parts of the bias, of the item and of its features.
+    """
 
     def __init__(
         self,
@@ -72,11 +107,14 @@ class VBPR(nn.Module):
         self.user_table = embeddings(generators, users, 2 * width)
         self.item_table = embeddings(generators, joined.shape[1], width)
         self.project = Linear(generators, joined.shape[2], width)
+        self.bias = nn.Parameter(torch.zeros(len(generators), joined.shape[1], 1))
+        self.seen_bias = nn.Parameter(torch.zeros(len(generators), joined.shape[2], 1))
 
     def forward(self, keep: Tensor | None = None) -> Views:
         """Embeddings of all users and items; there is no dropout."""
         items = torch.cat([self.item_table, self.project(self.features)], 2)
-        return Views(torch.cat([self.user_table, items], 1), None, {}, self.users)
+        bias = self.bias + self.features @ self.seen_bias
+        return Views(biased(self.user_table, items, bias), None, {}, self.users)
 
 
 def even_neighbour_graph(
@@ -150,8 +188,8 @@ class FREEDOM(nn.Module):
         super().__init__()
         self.layers, (self.users, items) = layers, interactions.shape[1:]
         self.register_buffer("interactions", interactions)
-        self.register_buffer("whole", layer_mean(bipartite(interactions), layers))
-        self.register_buffer("paths", self.whole)
+        self.register_buffer("whole", bipartite(interactions))
+        self.register_buffer("edges", self.whole)
         alike = [
             share * even_neighbour_graph(table, k)
             for share, table in zip(shares, features.values(), strict=True)
@@ -166,16 +204,21 @@ class FREEDOM(nn.Module):
 
     def thin(self, dropped: float, generators: Sequence[Generator]) -> None:
         """Draw the graph on which the next epoch is trained, see `thinned`."""
-        kept = thinned(self.interactions, dropped, generators)
-        self.paths = layer_mean(bipartite(kept), self.layers)
+        self.edges = bipartite(thinned(self.interactions, dropped, generators))
 
     def forward(self, keep: Tensor | None = None) -> Views:
         """Embeddings of all users and items, and projected features; features are not dropped."""
-        paths = self.paths if self.training else self.whole
-        mixed = paths @ torch.cat([self.user_table, self.item_table], 1)
+        mixed = self.mixed(self.edges if self.training else self.whole)
         items = mixed[:, self.users :] + self.alike @ self.item_table
         refined = {name: self.refined(name, table) for name, table in self.features.items()}
         return Views(torch.cat([mixed[:, : self.users], items], 1), None, refined, self.users)
+
+    def mixed(self, edges: Float[Tensor, "copies nodes nodes"]) -> Tensor:
+        """LightGCN's mean over layers, layer by layer: a graph of one epoch is not worth its powers."""
+        states = [torch.cat([self.user_table, self.item_table], 1)]
+        for _ in range(self.layers):
+            states.append(edges @ states[-1])
+        return torch.stack(states).mean(0)
 
     def refined(self, name: str, features: Float[Tensor, "copies items dim"]) -> Tensor:
         """Projected features of one modality, of any items."""

@@ -386,12 +386,14 @@ class Views:
         side: users and items, fused from the modalities; None where a model has no modalities.
         refined: items by modality, before layer norm: what MMD compares.
         users: number of users among the rows.
+        tables: embeddings before any graph, where the regulariser is about them and not about `final`.
     """
 
     content: Float[Tensor, "copies nodes width"]
     side: Float[Tensor, "copies nodes width"] | None
     refined: Mapping[str, Float[Tensor, "copies items width"]]
     users: int
+    tables: Float[Tensor, "copies nodes width"] | None = None
 
     @property
     def final(self) -> Float[Tensor, "copies nodes width"]:
@@ -540,10 +542,10 @@ class Weights:
 
 
 def recommendation_loss(views: Views, batch: Batch, decay: float) -> Float[Tensor, " copies"]:
-    """BPR and the regulariser, on final embeddings."""
+    """BPR and the regulariser, on final embeddings (on tables where the method says so, see `Views`)."""
     loss = bpr(views.scores(), batch.users, batch.positives, batch.negatives)
     size = batch.users.shape[1]
-    lengths = views.final.square().sum(2)
+    lengths = (views.final if views.tables is None else views.tables).square().sum(2)
     for rows in (batch.users, views.users + batch.positives, views.users + batch.negatives):
         loss = loss + 0.5 * decay / size * lengths.gather(1, rows).sum(1)
     return loss

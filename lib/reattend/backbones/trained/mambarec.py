@@ -30,6 +30,7 @@ from reattend.recommendation.baselines import (
     FREEDOM,
     VBPR,
     LightGCN,
+    MatrixFactorisation,
     feature_loss,
     popularity,
 )
@@ -96,29 +97,35 @@ class Arm:
     """One way to train a recommender.
 
     Attributes:
-        rate: of Adam, tuned for this arm on other seeds.
         kind: of model.
         design, weights: of MambaRec and its kin.
         layers: of the interaction graph.
         pairs: whether InfoNCE sets a batch member against itself ("own") or against another ("permuted").
         align_to: what MMD brings a modality together with: the "other" one, or a random "cloud" of its own.
         content: whose features an item has: its "own", or those of a random item ("permuted").
-        longer: as many times the epochs.
+        longer: as many times the epochs of the setting.
         dropped: share of interactions that FREEDOM leaves out of the graph, drawn anew every epoch.
         features: weight of FREEDOM's `feature_loss`.
+        rate: of Adam.
+        scale: what the initial tables of users and items are multiplied by.
     """
 
-    rate: float
-    kind: Literal["mambarec", "lightgcn", "vbpr", "freedom"] = "mambarec"
+    kind: Literal["mambarec", "bpr", "lightgcn", "vbpr", "freedom"] = "mambarec"
     design: Design = field(default_factory=Design)
     weights: Weights = field(default_factory=Weights)
     layers: int = 4
     pairs: Literal["own", "permuted"] = "own"
     align_to: Literal["other", "cloud"] = "other"
     content: Literal["own", "permuted"] = "own"
-    longer: int = 1
+    longer: int = 2
     dropped: float = 0.0
     features: float = 0.0
+    rate: float = 1e-2
+    scale: float = 1.0
+
+    def at(self, rate: float, decay: float, scale: float) -> Arm:
+        """The same with other values of what is tuned, `TUNED`."""
+        return replace(self, rate=rate, scale=scale, weights=replace(self.weights, decay=decay))
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,9 @@ class Setting:
     Attributes:
         limit: stamps of each class (None: all).
         taste: size and kind of the worlds.
-        seeds, few, grid: of ARMS and RIVAL_ARMS, of MORE_ARMS, and of GRID.
-        worlds: seeds of GATE_ARMS, of the oracle and of popularity, `seeds` or more.
-        epochs, every: of training, and between two checks.
+        worlds: seeds of WIDE_ARMS, of the oracle and of popularity, `seeds` or more.
+        seeds, few, grid: of ARMS, of MORE_ARMS, and of GRID.
+        epochs, every: of training, a multiple of them for each arm (`Arm.longer`), and between two checks.
         batch: interactions of a step.
         width: of embeddings.
         together: seeds trained side by side.
@@ -138,8 +145,8 @@ class Setting:
 
     limit: int | None
     taste: Taste
-    seeds: int
     worlds: int
+    seeds: int
     few: int
     grid: int
     epochs: int
@@ -268,20 +275,24 @@ def negatives(
 def make_model(worlds: Worlds, arm: Arm, setting: Setting) -> nn.Module:
     """An untrained model of an arm for every world, on their device."""
     generators = [Generator().manual_seed(20_000 + seed) for seed in worlds.seeds]
-    trained = worlds.world.parts["train"]
-    if arm.kind == "lightgcn":
-        return LightGCN(generators, trained, arm.layers, setting.width).to(worlds.device)
-    content = worlds.content
+    trained, content, width = worlds.world.parts["train"], worlds.content, setting.width
     if arm.content == "permuted":
         content = permuted(content, worlds.seeds)
-    if arm.kind == "vbpr":
-        return VBPR(generators, content, trained.shape[1], setting.width).to(worlds.device)
-    if arm.kind == "freedom":
-        model = FREEDOM(generators, trained, content, layers=arm.layers, width=setting.width)
-        return model.to(worlds.device)
-    graphs = Graphs.of(trained, content, arm.layers)
-    design = replace(arm.design, width=setting.width)
-    return MambaRec(generators, content, graphs, design).to(worlds.device)
+    if arm.kind == "bpr":
+        model = MatrixFactorisation(generators, *trained.shape[1:], width)
+    elif arm.kind == "lightgcn":
+        model = LightGCN(generators, trained, arm.layers, width)
+    elif arm.kind == "vbpr":
+        model = VBPR(generators, content, trained.shape[1], width)
+    elif arm.kind == "freedom":
+        model = FREEDOM(generators, trained, content, layers=arm.layers, width=width)
+    else:
+        graphs = Graphs.of(trained, content, arm.layers)
+        model = MambaRec(generators, content, graphs, replace(arm.design, width=width))
+    with torch.no_grad():
+        for table in (model.user_table, model.item_table):
+            table.mul_(arm.scale)
+    return model.to(worlds.device)
 
 
 def permuted(content: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
@@ -361,12 +372,17 @@ def scores_of(scores: Tensor, world: World) -> Float[Tensor, "worlds scores"]:
     return torch.stack([*validation, *tested], 1)
 
 
+WARM = 4
+
+
 def fit(
-    worlds: Worlds, arm: Arm, setting: Setting
+    worlds: Worlds, arm: Arm, setting: Setting, patience: int | None = None
 ) -> tuple[nn.Module, Float[Tensor, "checks worlds measures"]]:
     """Models of an arm trained on all worlds side by side, on their device.
 
-    Beside them, on the CPU, what the checks found, the untrained models first.
+    Beside them, on the CPU, what the checks found, the untrained models first. Training ends after `patience` checks
+    in a row (None: at the end of its epochs) that are no better than an earlier one, see `chosen`; the first
+    `WARM` do not count, for a graph over hardly trained tables is better than what follows it for a while.
     """
     model, cloud = make_model(worlds, arm, setting), clouds(worlds, setting.width)
     optimiser = torch.optim.Adam(model.parameters(), lr=arm.rate, fused=True)
@@ -386,56 +402,93 @@ def fit(
             optimiser.step()
         if (epoch + 1) % setting.every == 0:
             found.append(check(model, worlds).cpu())
+            if patience is None or len(found) <= 1 + WARM:
+                continue
+            if len(found) > WARM + chosen(torch.stack(found[WARM:])) + patience:
+                break
     return model, torch.stack(found)
 
 
 # The build ----------------------------------------------------------------------------------------
 
+FIRST_SEED = 200
+"""Of the worlds; smaller ones have been trained with arms that were not tuned alike, or to tune."""
+
 OFF = Design(refine="off")
 UNALIGNED = Weights(align=0.0)
 
-ARMS = {
-    "MambaRec": Arm(1e-2),
-    "MGCN": Arm(1e-2, design=OFF, weights=UNALIGNED),
-    "no DREAM": Arm(1e-2, design=OFF),
-    "plain layer": Arm(1e-2, design=Design(refine="plain")),
-    "no MMD": Arm(1e-2, weights=UNALIGNED),
-    "random clouds": Arm(1e-2, align_to="cloud"),
-    "no CL": Arm(1e-2, weights=Weights(contrast=0.0)),
-    "permuted pairs": Arm(1e-2, pairs="permuted"),
-    "factor 1": Arm(1e-2, design=Design(factor=1)),
-    "permuted features": Arm(1e-2, content="permuted"),
+TUNED = {
+    "MambaRec": (2e-2, 1e-4 / 3, 0.1),
+    "MGCN": (2e-2, 1e-4, 0.1),
+    "BPR-MF": (1e-2, 1e-1, 0.1),
+    "LightGCN": (1e-2, 1e-2, 1.0),
+    "VBPR": (1e-2 / 32, 3e-4, 0.1),
+    "FREEDOM": (1e-2, 1e-2, 1.0),
+    "FREEDOM, whole graph": (1e-2, 1e-2, 0.1),
+    "MGCN as released": (2e-2, 1e-4 / 3, 0.1),
+    "no CL": (5e-3, 1e-4, 0.1),
+    "permuted pairs": (5e-3, 1e-4, 0.1),
 }
-"""Trained with every seed. "MGCN" is MambaRec without DREAM and MMD: equal depth, projections, dropout."""
-GATE_ARMS = {"LightGCN": Arm(5e-3, "lightgcn", longer=2)}
-"""Trained in more worlds: that interactions tell more than popularity is asked of the worlds, and quick to ask."""
-RIVAL_ARMS = {
-    "FREEDOM": Arm(5e-3, "freedom", layers=2, longer=2, dropped=0.8, features=1.0),
-    "FREEDOM, whole graph": Arm(2.5e-3, "freedom", layers=2, longer=2, features=1.0),
-}
-"""Trained with every seed like ARMS, for the table: no claim is about them."""
-MORE_ARMS = {
-    "BPR-MF": Arm(2.5e-3, "lightgcn", layers=0, longer=2),
-    "VBPR": Arm(2.5e-3, "vbpr", longer=2),
-    "MGCN as released": Arm(
-        1e-2, design=replace(OFF, wide=(), norm=False), weights=UNALIGNED, layers=2
-    ),
-    "square": Arm(1e-2, design=Design(refine="square")),
-    "gates of the figure": Arm(1e-2, design=Design(refine="figure")),
-    "factor 192": Arm(1e-2, design=Design(factor=192)),
-}
-"""Trained with the first seeds only, for tables."""
-GRID = {
-    f"MMD {align:g}, s {bandwidth:g}": Arm(1e-2, weights=Weights(align=align, bandwidth=bandwidth))
-    for align in (0.1, 0.15, 0.2)
-    for bandwidth in (1.0, 1.5, 2.0)
-}
+"""Rate, decay and scale of each arm, by one procedure for all (`reattend.studies.mambarec_tuning`), on other worlds.
+
+MambaRec's stand for the arms that are not named."""
+
+
+def tuned(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """Arms at the settings that were found for them."""
+    return {name: arm.at(*TUNED.get(name, TUNED["MambaRec"])) for name, arm in arms.items()}
+
+
+WIDE_ARMS = tuned(
+    {
+        "MambaRec": Arm(),
+        "no CL": Arm(weights=Weights(contrast=0.0), longer=6),
+        "permuted pairs": Arm(pairs="permuted", longer=6),
+    }
+)
+"""Trained in all worlds: what the contrastive loss is worth varies most."""
+ARMS = tuned(
+    {
+        "MGCN": Arm(design=OFF, weights=UNALIGNED, longer=3),
+        "no DREAM": Arm(design=OFF),
+        "plain layer": Arm(design=Design(refine="plain")),
+        "no MMD": Arm(weights=UNALIGNED),
+        "random clouds": Arm(align_to="cloud"),
+        "factor 1": Arm(design=Design(factor=1)),
+        "BPR-MF": Arm("bpr", longer=10),
+        "LightGCN": Arm("lightgcn", longer=6),
+        "VBPR": Arm("vbpr", longer=10),
+    }
+)
+"""Trained in the first worlds. "MGCN" is MambaRec without DREAM and MMD: equal depth, projections, dropout."""
+MORE_ARMS = tuned(
+    {
+        "permuted features": Arm(content="permuted"),
+        "FREEDOM": Arm("freedom", layers=2, dropped=0.8, features=1.0, longer=8),
+        "FREEDOM, whole graph": Arm("freedom", layers=2, features=1.0, longer=8),
+        "MGCN as released": Arm(
+            design=replace(OFF, wide=(), norm=False), weights=UNALIGNED, layers=2, longer=3
+        ),
+        "square": Arm(design=Design(refine="square")),
+        "gates of the figure": Arm(design=Design(refine="figure")),
+        "factor 192": Arm(design=Design(factor=192)),
+    }
+)
+"""Trained in fewer still, for tables and for a difference that cannot be missed."""
+GRID = tuned(
+    {
+        f"MMD {align:g}, s {bandwidth:g}": Arm(weights=Weights(align=align, bandwidth=bandwidth))
+        for align in (0.1, 0.15, 0.2)
+        for bandwidth in (1.0, 1.5, 2.0)
+    }
+)
 """The settings among which the released runner keeps the one that is best on test; the first is MambaRec's."""
+ALL_ARMS = WIDE_ARMS | ARMS | MORE_ARMS | GRID
 
 SETTINGS = {
-    "smoke": Setting(3, Taste(30, 40, 2, counts=(5, 2, 6)), 3, 4, 1, 1, 2, 1, 75, 8, 3),
-    "cpu": Setting(None, Taste(), 6, 24, 2, 1, 60, 5, 2_000, 64, 3),
-    "gpu": Setting(None, Taste(2_000, 700), 24, 24, 8, 8, 60, 5, 8_000, 64, 24),
+    "smoke": Setting(3, Taste(30, 40, 2, counts=(5, 2, 6)), 4, 3, 3, 1, 1, 1, 75, 8, 2),
+    "cpu": Setting(None, Taste(), 11, 6, 3, 1, 30, 5, 2_000, 64, 4),
+    "gpu": Setting(None, Taste(2_000, 700), 24, 24, 8, 8, 30, 5, 8_000, 64, 24),
 }
 
 
@@ -461,7 +514,7 @@ def build(target: Path, profile: str) -> None:
     setting = SETTINGS[profile]
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
     content = stamp_content(setting.limit)
-    parts = torch.arange(setting.worlds).split(setting.together)
+    parts = torch.arange(FIRST_SEED, FIRST_SEED + setting.worlds).split(setting.together)
     groups = [Worlds.of(content, setting.taste, part.tolist()).to(device) for part in parts]
     levels = {
         "oracle": [scores_of(worlds.world.utility, worlds.world) for worlds in groups],
@@ -471,9 +524,8 @@ def build(target: Path, profile: str) -> None:
     }
     curves, refined = {}, {}
     counts = (
+        (WIDE_ARMS, setting.worlds),
         (ARMS, setting.seeds),
-        (GATE_ARMS, setting.worlds),
-        (RIVAL_ARMS, setting.seeds),
         (MORE_ARMS, setting.few),
         (GRID, setting.grid),
     )
@@ -511,9 +563,7 @@ def load(profile: str = "cpu") -> Trained:
     for key, table in read["refined"].items():
         arm, _, modality = key.rpartition("/")
         refined.setdefault(arm, {})[modality] = table
-    curves = {
-        name: read["curves"][name] for name in ARMS | GATE_ARMS | RIVAL_ARMS | MORE_ARMS | GRID
-    }
+    curves = {name: read["curves"][name] for name in ALL_ARMS}
     return Trained(read["content"], read["levels"], curves, refined)
 
 
