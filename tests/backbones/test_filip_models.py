@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,11 +11,13 @@ from torch.nn import functional as F
 from reattend.backbones.trained import filip
 from reattend.backbones.trained.filip import (
     ARMS,
+    PER_WORKER,
     SETTINGS,
     AnytimeMean,
     build,
     contrastive_loss,
     fit,
+    moved_on,
     paired,
     some_patches,
     untrained,
@@ -83,7 +86,7 @@ def test_late_leaves_cls_out_and_unmasked_reads_padding():
 
 def test_quarter_keeps_what_the_local_batch_tells_and_tests_on_all():
     image, text, mask = tokens()
-    by_patches, by_words = ARMS["quarter"].train(image, text, mask)
+    by_patches, by_words = some_patches(0.25, local=2)(image, text, mask)
     for i in range(8):
         worker = range(i // 2 * 2, i // 2 * 2 + 2)
         others = torch.cat([text[j, mask[j]] for j in worker])
@@ -92,8 +95,12 @@ def test_quarter_keeps_what_the_local_batch_tells_and_tests_on_all():
             products = image[i, 1:][kept] @ text[j, mask[j]].T
             assert by_patches[i, j].item() == pytest.approx(products.amax(1).mean().item())
             assert by_words[i, j].item() == pytest.approx(products.amax(0).mean().item())
+    arm, whole = ARMS["quarter"], some_patches(0.25, local=PER_WORKER)
+    wider = tokens(pairs=3 * PER_WORKER)
+    for one, two in zip(arm.train(*wider), whole(*wider), strict=True):
+        assert torch.equal(one, two)
     for one, two in zip(
-        ARMS["quarter"].test(image, text, mask), ARMS["late"].test(image, text, mask), strict=True
+        arm.test(image, text, mask), ARMS["late"].test(image, text, mask), strict=True
     ):
         assert torch.equal(one, two)
 
@@ -169,8 +176,15 @@ def test_build_can_be_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(filip, "backbone_path", lambda name, profile: tmp_path)
     trained = filip.load("smoke")
     assert list(trained.models) == list(ARMS)
-    assert {len(models) for models in trained.at(SMOKE.marks[-1]).values()} == {SMOKE.seeds}
-    assert trained.losses["late"].shape == (SMOKE.seeds, SMOKE.marks[-1])
+    counts = {arm: len(models) for arm, models in trained.at(SMOKE.marks[-1]).items()}
+    assert counts == SMOKE.seeds
+    for arm, losses in trained.losses.items():
+        assert losses.shape == (SMOKE.seeds[arm], SMOKE.marks[-1])
+    # The second seed of an arm that has fewer is the second seed of all.
+    pairs = paired(SMOKE.shape.scenes(SMOKE.scenes, "train", SMOKE.first + 1))
+    assert torch.equal(
+        trained.losses["quarter"][1], fit("quarter", SMOKE, pairs, SMOKE.first + 1)[1]
+    )
     assert trained.losses["late"].isfinite().all()
     first, last = (trained.at(mark)["late"][1] for mark in (SMOKE.marks[0], SMOKE.marks[-1]))
     start = untrained(SMOKE.shape, SMOKE.first + 1)
@@ -179,12 +193,24 @@ def test_build_can_be_read_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("profile", SETTINGS)
-def test_marks_hold_the_half_and_two_pairs_at_equal_time(profile):
+def test_marks_hold_the_half_and_pairs_at_equal_time(profile):
     setting = SETTINGS[profile]
     assert list(setting.marks) == sorted(setting.marks)
     assert 2 * (setting.marks[-1] // 2) == setting.marks[-1]
     assert setting.marks[-1] // 2 in setting.marks
     pairs = setting.in_the_same_time
     assert setting.marks[-1] in pairs
-    assert all(8 * late == 5 * steps for steps, late in pairs.items())
+    for steps, late in pairs.items():
+        assert late * setting.longer <= steps < (late + 1) * setting.longer
     assert len(pairs) == (1 if profile == "smoke" else 2)
+    assert set(setting.seeds) == set(ARMS)
+    assert max(setting.seeds.values()) == setting.seeds["late"] == setting.seeds["global"]
+
+
+def test_moved_on_counts_towards_the_side_on_which_the_difference_lies():
+    half, end = np.array([1.0, 4.0, -1.0]), np.array([3.0, 3.0, 3.0])
+    assert moved_on(half, end, 0.6).tolist() == [2, -1, 4]  # ahead: a rise leads on
+    assert moved_on(half, end, 3.5).tolist() == [-2, 1, -4]  # short of it: a rise leads back
+    # A lag that is made up and a lead that is lost both count against, by as much.
+    assert moved_on(-half, -end, -0.6).tolist() == [2, -1, 4]
+    assert moved_on(-end, -half, -0.6).tolist() == [-2, 1, -4]

@@ -11,10 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from reattend.data.attribute_scenes import AttributeScenes, caption_ids, colour_word, spelled
-from reattend.plots import BASELINE, COLOURS, REPORTED, mean_curve, mean_point
+from reattend.evidence.intervals import mean
+from reattend.plots import BASELINE, COLOURS, REPORTED, mean_point
 
 ARM_COLOURS = {
     "late": COLOURS[0],
@@ -81,39 +83,62 @@ def draw_training(
     losses: Mapping[str, Float[Tensor, "seeds steps"]],
     recalls: Mapping[str, Float[np.ndarray, "seeds marks"]],
     marks: Sequence[int],
-    every: int = 10,
+    every: int = 20,
 ) -> Figure:
-    """Training loss of every arm, means of `every` steps, a line a seed; and R@1 after `marks` steps."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
-    for arm, values in losses.items():
+    """Training loss of every arm, means of `every` steps over its seeds; and R@1 after `marks` steps.
+
+    R@1: seeds as points, means joined by lines, intervals as bars; arms stand side by side at each mark.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.5))
+    for values, (arm, found) in zip(losses.values(), recalls.items(), strict=True):
         kept = values.shape[1] // every * every
-        means = values[:, :kept].unflatten(1, (-1, every)).mean(2)
-        places = np.arange(means.shape[1]) * every + every / 2
-        for line in means:
-            axes[0].plot(places, line, color=ARM_COLOURS[arm], lw=0.8, alpha=0.6)
-        mean_curve(axes[1], marks, recalls[arm], ARM_COLOURS[arm], arm)
-    axes[0].set(xlabel="step", ylabel="contrastive loss, nats")
+        means = values[:, :kept].unflatten(1, (-1, every)).mean((0, 2))
+        places = np.arange(len(means)) * every + every / 2
+        axes[0].plot(places, means, color=ARM_COLOURS[arm], lw=1.5, label=arm)
+        at = np.arange(len(marks)) + 0.13 * (list(recalls).index(arm) - (len(recalls) - 1) / 2)
+        _mean_bars(axes[1], at, found, ARM_COLOURS[arm])
+    axes[0].set(xlabel="step", ylabel="contrastive loss, nats", yscale="log")
+    axes[0].yaxis.set_major_formatter(LogFormatter())
+    axes[0].yaxis.set_minor_formatter(LogFormatter())
+    axes[0].legend()
+    axes[1].set_xticks(range(len(marks)), [f"{mark:,}" for mark in marks])
     axes[1].set(xlabel="steps of training", ylabel="R@1, per cent")
-    axes[1].legend()
     return figure
 
 
-def draw_recalls(
-    scores: Mapping[str, Mapping[str, Sequence[float]]], reported: Mapping[str, Mapping[str, float]]
+def _mean_bars(
+    axis: Axes,
+    places: Float[np.ndarray, " marks"],
+    values: Float[np.ndarray, "seeds marks"],
+    colour: str,
+) -> None:
+    """Seeds as points a little to the right of their mean and its 95 % interval; means are joined."""
+    found = [mean(column) for column in values.T]
+    half = [f.high - f.effect if np.isfinite(f.high) else 0 for f in found]
+    effects = [f.effect for f in found]
+    axis.errorbar(places, effects, half, fmt="D-", color=colour, ms=4, lw=0.8, elinewidth=2)
+    axis.plot(places + 0.05, values.T, "o", color=colour, ms=2.5, alpha=0.6)
+
+
+def draw_gains(
+    gains: Mapping[str, Mapping[str, Sequence[float]]], reported: Mapping[str, Mapping[str, float]]
 ) -> Figure:
-    """A panel a measure: every arm's seeds with mean and interval, and the paper's values as grey crosses.
+    """A panel a measure: what every arm has more than the one it is set against, on the same seed.
 
     Args:
-        scores: measure -> arm -> seeds, per cent.
-        reported: measure -> arm -> the paper's number (another task), where there is one.
+        gains: measure -> arm -> seeds.
+        reported: measure -> arm -> the paper's number (another task), where there is one: grey crosses.
     """
-    figure, axes = plt.subplots(1, len(scores), figsize=(3.4 * len(scores), 3.0), sharey=True)
-    for axis, (measure, arms) in zip(np.atleast_1d(axes), scores.items(), strict=True):
+    figure, axes = plt.subplots(1, len(gains), figsize=(2.8 * len(gains), 3.4), sharey=True)
+    for axis, (measure, arms) in zip(np.atleast_1d(axes), gains.items(), strict=True):
+        axis.axvline(0, color=BASELINE, lw=1)
         for place, (arm, values) in enumerate(arms.items()):
             mean_point(axis, values, place, ARM_COLOURS[arm])
+            axis.plot(values, np.full(len(values), place + 0.2), "o", color=ARM_COLOURS[arm], ms=4)
             known = reported.get(measure, {}).get(arm)
             if known is not None:
-                axis.plot(known, place, "x", color=REPORTED, ms=8, mew=2)
+                axis.plot(known, place - 0.2, "x", color=REPORTED, ms=8, mew=2, label="paper")
+                axis.legend(loc="lower right", fontsize=8)
         axis.set_yticks(range(len(arms)), list(arms))
         axis.set(xlabel=measure)
     np.atleast_1d(axes)[0].invert_yaxis()

@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -33,6 +34,7 @@ from reattend.trunks.image_text import ImageTextModel, ImageTower, TextTower, la
 from reattend.vision_language.filip import gathered, late_similarity, telling_tokens
 
 LOSSES = "losses.safetensors"
+PER_WORKER = 8  # pairs among whose words a worker looks for a picture's telling patches
 
 
 @dataclass(frozen=True)
@@ -63,36 +65,40 @@ class Shape:
 
 @dataclass(frozen=True)
 class Setting:
-    """What one profile trains: `seeds` models of every arm in `ARMS`.
+    """What one profile trains.
 
     Attributes:
+        seeds: how many models of each arm in `ARMS`; those of all arms have the same seeds, from the first on.
         first: the first of these seeds.
         rates: learning rate of each arm.
         warmup: steps until the rate is reached; it stays there.
         marks: steps after which a model is kept, in order; the training ends at the last.
+        longer: how many steps of "global" one of "late" is taken to last; the notebook measures it and has a gate.
         scenes: training scenes of each seed.
         galleries, gallery: how many test galleries of how many pairs.
     """
 
     shape: Shape
-    seeds: int
+    seeds: Mapping[str, int]
     first: int
     rates: Mapping[str, float]
     batch: int
     warmup: int
     marks: tuple[int, ...]
+    longer: float
     scenes: int
     galleries: int
     gallery: int
 
     @property
     def in_the_same_time(self) -> dict[int, int]:
-        """Steps of "late" that take no more time than so many of "global": five eighths, where both are marks.
-
-        As long as a step of "late" takes less than 1.6 times as long.
-        """
-        shorter = {mark: 5 * mark // 8 for mark in self.marks if 5 * mark % 8 == 0}
+        """The most steps of "late" that take no more time than so many of "global", where both are marks."""
+        shorter = {mark: int(mark / self.longer) for mark in self.marks}
         return {mark: less for mark, less in shorter.items() if less in self.marks}
+
+    def seeds_of(self, arm: str) -> range:
+        """The seeds of an arm; "late", with which all are compared, has every seed that any arm has."""
+        return range(self.first, self.first + self.seeds[arm])
 
     def plan(self, arm: str) -> TrainingPlan:
         """A constant rate, so that the first steps of a long training are a short one."""
@@ -143,14 +149,14 @@ def unmasked(image: Tensor, text: Tensor, mask: Tensor) -> Similarities:
     return late_similarity(image[:, 1:], text, torch.ones_like(mask))
 
 
-def some_patches(share: float) -> Compare:
-    """The method on the share of each picture's patches that four workers would send on, and all words.
+def some_patches(share: float, local: int = PER_WORKER) -> Compare:
+    """The method on the share of each picture's patches that workers of `local` pairs would send on, and all words.
 
     All words, because the port takes a quarter of 77 padded places, which are more than its captions have.
     """
 
     def compare(image: Tensor, text: Tensor, mask: Tensor) -> Similarities:
-        patches, local = image[:, 1:], max(1, len(image) // 4)
+        patches = image[:, 1:]
         kept = telling_tokens(patches, text, share, other_mask=mask, local=local)
         return late_similarity(gathered(patches, kept), text, mask)
 
@@ -172,29 +178,43 @@ ARMS = {
     "unmasked": Arm(unmasked, unmasked),
     "quarter": Arm(some_patches(0.25), late),
 }
-RATES = dict.fromkeys(ARMS, 1.5e-3)
+RATES = {"global": 1e-3} | dict.fromkeys(("late", "mean-mean", "unmasked", "quarter"), 1.5e-3)
 SETTINGS = {
-    "smoke": Setting(Shape(24, 4, 16, 1, 2, 16), 3, 0, RATES, 8, 1, (1, 4, 5, 8), 24, 1, 16),
+    "smoke": Setting(
+        Shape(20, 4, 16, 1, 2, 16, (2, 3)),
+        {"global": 3, "late": 3, "mean-mean": 2, "unmasked": 3, "quarter": 2},
+        0,
+        RATES,
+        8,
+        1,
+        (1, 4, 5, 8),
+        1.6,
+        24,
+        1,
+        16,
+    ),
     "cpu": Setting(
-        Shape(24, 4, 48, 2, 3, 48),
-        4,
-        10,
+        Shape(20, 4, 48, 2, 3, 48, (2, 3)),
+        {"global": 7, "late": 7, "mean-mean": 4, "unmasked": 5, "quarter": 4},
+        20,
         RATES,
         32,
         50,
-        (220, 352, 440, 550, 880),
+        (456, 600, 912, 1200),
+        1.315,
         1000,
         4,
         256,
     ),
     "gpu": Setting(
         Shape(96, 8, 256, 6, 8, 256, (4, 6), (16, 24)),
-        8,
+        dict.fromkeys(ARMS, 8),
         10,
         dict.fromkeys(ARMS, 1e-3),
         512,
         500,
         (1000, 1600, 2000, 2500, 4000),
+        1.6,
         20_000,
         4,
         1000,
@@ -300,9 +320,9 @@ def build(target: Path, profile: str) -> None:
     setting = SETTINGS[profile]
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
     losses: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
-    for seed in range(setting.first, setting.first + setting.seeds):
+    for seed in setting.seeds_of("late"):
         pairs = paired(setting.shape.scenes(setting.scenes, "train", seed)).to(device)
-        for arm in ARMS:
+        for arm in (arm for arm in ARMS if seed in setting.seeds_of(arm)):
             kept, loss = fit(arm, setting, pairs, seed)
             for mark, model in kept.items():
                 save_model(model, target / f"{arm}-{seed}-{mark}.safetensors")
@@ -328,7 +348,6 @@ class TrainedArms:
 def load(profile: str = "cpu", device: torch.device | str = "cpu") -> TrainedArms:
     """The models of a profile in evaluation mode, built on first use."""
     setting, directory = SETTINGS[profile], backbone_path("filip", profile)
-    seeds = range(setting.first, setting.first + setting.seeds)
 
     def read(arm: str, seed: int, mark: int) -> ImageTextModel:
         model = untrained(setting.shape, seed)
@@ -336,7 +355,25 @@ def load(profile: str = "cpu", device: torch.device | str = "cpu") -> TrainedArm
         return model.to(device).eval()
 
     models = {
-        arm: {mark: [read(arm, seed, mark) for seed in seeds] for mark in setting.marks}
+        arm: {
+            mark: [read(arm, seed, mark) for seed in setting.seeds_of(arm)]
+            for mark in setting.marks
+        }
         for arm in ARMS
     }
     return TrainedArms(models, load_file(directory / LOSSES))
+
+
+def moved_on(
+    half: Float[np.ndarray, " seeds"], end: Float[np.ndarray, " seeds"], between: float
+) -> Float[np.ndarray, " seeds"]:
+    """How far the second half of a training moved a difference of two arms away from `between`, a value a seed.
+
+    (end - half) sign(mean(end) - between): what a difference above `between` has risen, or one below has fallen.
+    Negative: it is on its way to the other side, so that the side it is found on hangs on when training stops.
+
+    Args:
+        half, end: the difference after half and after all of the steps.
+        between: half-way between the margins of its test.
+    """
+    return (end - half) * (1.0 if np.mean(end) >= between else -1.0)
