@@ -121,7 +121,9 @@ def draw_by_number(
     axes[1].legend(fontsize=6)
     axes[2].plot(list(reported), list(reported.values()), "s-", color=REPORTED)
     axes[2].set(xscale="log", xlabel="documents N", ylabel="P@1, %", title="paper: MS MARCO")
-    axes[2].set_ylim(0, None)
+    axes[2].set_xticks(list(reported), list(reported))
+    axes[2].minorticks_off()
+    axes[2].set_ylim(0, 1.1 * max(reported.values()))
     return fig
 
 
