@@ -15,7 +15,8 @@ def closed():
 
 
 def test_training_shows_mean_losses_and_every_seed_at_each_mark():
-    losses = {"global": torch.tensor([[4.0, 2, 2, 2], [2.0, 2, 4, 4]]), "late": torch.ones(3, 4)}
+    # Losses come in another order than recalls.
+    losses = {"late": torch.ones(3, 4), "global": torch.tensor([[4.0, 2, 2, 2], [2.0, 2, 4, 4]])}
     recalls = {
         "global": np.array([[10.0, 20], [30, 60]]),
         "late": np.array([[1.0, 2], [2, 4], [6, 9]]),
@@ -39,7 +40,7 @@ def test_training_shows_mean_losses_and_every_seed_at_each_mark():
 def test_gains_lie_beside_the_reported_ones():
     gains = {
         "R@1": {"late": [1.0, 2.0, 6.0], "quarter": [-3.0, -1.0]},
-        "NLL": {"late": [0.1, 0.2, 0.3]},
+        "NLL": {"late": [0.1, 0.2, 0.3], "quarter": [0.4, 0.5]},
     }
     first, second = draw_gains(gains, {"R@1": {"late": 5.5}}).axes
     crosses = [line for line in first.lines if line.get_marker() == "x"]

@@ -90,12 +90,14 @@ def draw_training(
     R@1: seeds as points, means joined by lines, intervals as bars; arms stand side by side at each mark.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.5))
-    for values, (arm, found) in zip(losses.values(), recalls.items(), strict=True):
+    for row, (arm, found) in enumerate(recalls.items()):
+        values = losses[arm]
+        every = min(every, values.shape[1])
         kept = values.shape[1] // every * every
         means = values[:, :kept].unflatten(1, (-1, every)).mean((0, 2))
         places = np.arange(len(means)) * every + every / 2
         axes[0].plot(places, means, color=ARM_COLOURS[arm], lw=1.5, label=arm)
-        at = np.arange(len(marks)) + 0.13 * (list(recalls).index(arm) - (len(recalls) - 1) / 2)
+        at = np.arange(len(marks)) + 0.13 * (row - (len(recalls) - 1) / 2)
         _mean_bars(axes[1], at, found, ARM_COLOURS[arm])
     axes[0].set(xlabel="step", ylabel="contrastive loss, nats", yscale="log")
     axes[0].yaxis.set_major_formatter(LogFormatter())
