@@ -116,21 +116,23 @@ def test_training_stops_where_the_task_is_solved():
     torch.manual_seed(0)
     start = nn.Linear(2, 2).state_dict()
 
-    def run(check, share, every):
+    def run(check, share, every, seed=3):
         model = nn.Linear(2, 2)
         model.load_state_dict(start)
-        return (*steps_to_solve(model, draw, plan, 3, check, share, every), accuracy(model, *check))
+        found = steps_to_solve(model, draw, plan, seed, check, share, every)
+        return *found, accuracy(model, *check), model.weight.tolist()
 
-    fine, solved, reached = run((inputs, labels), 95.0, 1)
+    fine, solved, reached, weights = run((inputs, labels), 95.0, 1)
     assert solved
     assert 1 < fine < 200
     assert reached >= 95
-    coarse, solved, _ = run((inputs, labels), 95.0, 30)
+    coarse, solved, *_ = run((inputs, labels), 95.0, 30)
     assert solved
     assert coarse % 30 == 0
     assert fine <= coarse
-    assert run((inputs, labels), 95.0, 1)[0] == fine  # batches depend on the seed alone
-    steps, solved, reached = run((inputs, 1 - labels), 95.0, 30)
+    assert run((inputs, labels), 95.0, 1)[3] == weights  # batches depend on the seed alone
+    assert run((inputs, labels), 95.0, 1, seed=4)[3] != weights
+    steps, solved, reached, _ = run((inputs, 1 - labels), 95.0, 30)
     assert (steps, solved) == (200, False)
     assert reached < 50
 
