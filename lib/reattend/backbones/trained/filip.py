@@ -338,7 +338,7 @@ class TrainedArms:
     """Trained models by arm and by the number of steps, a list over seeds each, and the loss of every step."""
 
     models: dict[str, dict[int, list[ImageTextModel]]]
-    losses: dict[str, Float[Tensor, "seeds steps"]]
+    losses: dict[str, Float[Tensor, "_ steps"]]
 
     def at(self, mark: int) -> dict[str, list[ImageTextModel]]:
         """The models after so many steps, by arm, a list over seeds each."""
