@@ -87,8 +87,8 @@ def draw_training(
 ) -> Figure:
     """Training loss of every arm, means of `every` steps over its seeds; and R@1 after `marks` steps.
 
-    R@1: seeds as points, means joined by lines, intervals as bars; arms, of which each has its own number of seeds, stand
-    side by side at each mark.
+    R@1: seeds as points, means joined by lines, intervals as bars; arms stand side by side at each
+    mark, each with its own number of seeds.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.5))
     for row, (arm, found) in enumerate(recalls.items()):
