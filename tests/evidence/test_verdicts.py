@@ -5,8 +5,16 @@ import math
 import numpy as np
 import pytest
 
+from reattend.evidence.intervals import Estimate
 from reattend.evidence.samples import Exact, Sample, points
-from reattend.evidence.verdicts import EvidenceError, conclude, decide, judge, verdict_of
+from reattend.evidence.verdicts import (
+    EvidenceError,
+    conclude,
+    decide,
+    endings_of,
+    judge,
+    verdict_of,
+)
 from reattend.records import Claim, Record, Test
 
 # Eight stored differences with mean 0 and standard deviation 1, to be shifted.
@@ -61,6 +69,24 @@ def test_interval_against_margins(test, low, high, expected):
     assert verdict_of(test, low, high) == expected
     if test.better == "higher":
         assert verdict_of(mirrored(test), -high, -low) == expected
+
+
+@pytest.mark.parametrize(
+    ("test", "low", "high", "expected"),
+    [
+        (HIGHER, -0.2, 1.5, {"reproduced", "partially", "not reproduced"}),
+        (HIGHER, -0.2, 0.9, {"partially", "not reproduced"}),
+        (TWO_BOUNDS, 1.0, 3.0, {"reproduced", "partially"}),
+        (TWO_BOUNDS, -1.0, 1.0, {"partially", "not reproduced"}),
+        (NON_INFERIOR, -2.0, 0.6, {"reproduced", "not reproduced"}),
+        (EQUAL, 0.5, 1.5, {"reproduced", "not reproduced"}),
+        (HIGHER, math.nan, math.nan, {"reproduced", "partially", "not reproduced"}),
+    ],
+)
+def test_an_open_test_can_end_in_what_its_interval_holds(test, low, high, expected):
+    assert set(endings_of(test, Estimate(0.0, low, high, 8))) == expected
+    if test.better == "higher":
+        assert set(endings_of(mirrored(test), Estimate(0.0, -high, -low, 8))) == expected
 
 
 def test_margins_are_compared_with_a_tolerance():
@@ -182,6 +208,16 @@ def test_open_tests_leave_a_claim_open_and_say_why():
     assert concluded([(MAIN, YES), (CONTROL, OPEN)])[1].startswith(
         "control 'control' did not fail (few"
     )
+
+
+def test_endings_outside_the_interval_leave_nothing_open():
+    between = TWO_BOUNDS.model_copy(update={"id": "between"})
+    high, low = 2 + SHAPE, SHAPE  # around either bound, clear of the other
+    assert outcome(between, high).verdict == outcome(between, low).verdict == "inconclusive"
+    closed = ("partially", "whatever the open tests would say")
+    assert concluded([(MAIN, NO), (between, high)]) == closed
+    assert concluded([(MAIN, YES), (between, low)]) == closed
+    assert concluded([(MAIN, YES), (between, high)])[0] == "inconclusive"
 
 
 def test_a_decisive_test_settles_what_others_leave_open():

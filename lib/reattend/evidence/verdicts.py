@@ -162,6 +162,23 @@ def verdict_of(test: Test, low: float, high: float) -> str:
     return PARTIALLY if _at_least(low, lost) and _beyond_bound(good, high) else INCONCLUSIVE
 
 
+def endings_of(test: Test, measured: Estimate) -> list[str]:
+    """The verdicts that an open test could still be given: those of effects inside its interval.
+
+    All three where there is no interval.
+    """
+    if not measured.has_interval:
+        return [REPRODUCED, PARTIALLY, NOT_REPRODUCED]
+    low, high = measured.low, measured.high
+    margins = (test.reproduced, test.negligible, test.not_reproduced)
+    if test.better == "equal":
+        margins = (-test.margin, test.margin)
+    inside = sorted({m for m in margins if m is not None and low < m < high})
+    # A verdict holds between two margins, so one effect stands for all of them.
+    between = [(a + b) / 2 for a, b in itertools.pairwise([low, *inside, high])]
+    return list(dict.fromkeys(verdict_of(test, effect, effect) for effect in between))
+
+
 def needed_points(test: Test, measured: Estimate, level: float) -> int | None:
     """How many points would decide at the present effect and spread; None beyond MOST times as many."""
     fewest = FEWEST_RESAMPLED if test.statistic in RESAMPLED else FEWEST
@@ -180,7 +197,7 @@ def conclude(claim: Claim, outcomes: list[TestOutcome]) -> ClaimOutcome:
     In this order: a gate that does not hold, a control that does not fail, and a placebo that passes
     settle it; then a decisive test that is not reproduced. Otherwise all reproduced is reproduced, all
     not reproduced is not, and a mixture is partial. Open tests leave it open unless every way in which
-    they could end gives the same verdict.
+    they could still end (`endings_of`) gives the same verdict.
 
     Raises:
         ValueError: when the outcomes are not those of the claim's tests, one each.
@@ -223,9 +240,8 @@ def _combined(claim: Claim, outcomes: list[TestOutcome]) -> tuple[str, str]:
     if settled:
         return settled
     still_open = [o for o in tests if o.verdict == INCONCLUSIVE]
-    endings = itertools.product((REPRODUCED, PARTIALLY, NOT_REPRODUCED), repeat=len(still_open))
     verdicts = set()
-    for ending in endings:
+    for ending in itertools.product(*(endings_of(o.test, o.estimate) for o in still_open)):
         closed = dict(zip((o.id for o in still_open), ending, strict=True))
         ended = [replace(o, verdict=closed.get(o.id, o.verdict)) for o in tests]
         verdicts.add((_settled(claim, ended) or (_mixture(ended),))[0])
