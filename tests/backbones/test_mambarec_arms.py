@@ -259,8 +259,8 @@ def test_arms_differ_from_mambarec_in_what_they_are_named_for():
         "FREEDOM": {"kind", "layers", "dropped", "features"},
         "FREEDOM, whole graph": {"kind", "layers", "features"},
     }
-    assert ARMS["plain layer"].design == Design(refine="plain")
-    assert ARMS["MGCN"].design == OFF
+    assert WIDE_ARMS["plain layer"].design == Design(refine="plain")
+    assert WIDE_ARMS["MGCN"].design == OFF
     assert arms["no MMD"].weights == replace(whole.weights, align=0.0)
     assert arms["no CL"].weights == replace(whole.weights, contrast=0.0)
     assert next(iter(GRID.values())) == whole

@@ -411,7 +411,7 @@ def fit(
 
 # The build ----------------------------------------------------------------------------------------
 
-FIRST_SEED = 200
+FIRST_SEED = 300
 """Of the worlds; smaller ones have been trained with arms that were not tuned alike, or to tune."""
 
 OFF = Design(refine="off")
@@ -442,25 +442,27 @@ def tuned(arms: Mapping[str, Arm]) -> dict[str, Arm]:
 WIDE_ARMS = tuned(
     {
         "MambaRec": Arm(),
-        "no CL": Arm(weights=Weights(contrast=0.0), longer=6),
-        "permuted pairs": Arm(pairs="permuted", longer=6),
-    }
-)
-"""Trained in all worlds: what the contrastive loss is worth varies most."""
-ARMS = tuned(
-    {
         "MGCN": Arm(design=OFF, weights=UNALIGNED, longer=3),
         "no DREAM": Arm(design=OFF),
         "plain layer": Arm(design=Design(refine="plain")),
         "no MMD": Arm(weights=UNALIGNED),
         "random clouds": Arm(align_to="cloud"),
         "factor 1": Arm(design=Design(factor=1)),
+    }
+)
+"""Trained in all worlds, for they differ least.
+
+"MGCN" is MambaRec without DREAM and MMD: equal depth, projections, dropout."""
+ARMS = tuned(
+    {
+        "no CL": Arm(weights=Weights(contrast=0.0), longer=6),
+        "permuted pairs": Arm(pairs="permuted", longer=6),
         "BPR-MF": Arm("bpr", longer=10),
-        "LightGCN": Arm("lightgcn", longer=6),
+        "LightGCN": Arm("lightgcn", longer=12),
         "VBPR": Arm("vbpr", longer=10),
     }
 )
-"""Trained in the first worlds. "MGCN" is MambaRec without DREAM and MMD: equal depth, projections, dropout."""
+"""Trained in the first worlds."""
 MORE_ARMS = tuned(
     {
         "permuted features": Arm(content="permuted"),
@@ -487,7 +489,7 @@ ALL_ARMS = WIDE_ARMS | ARMS | MORE_ARMS | GRID
 
 SETTINGS = {
     "smoke": Setting(3, Taste(30, 40, 2, counts=(5, 2, 6)), 4, 3, 3, 1, 1, 1, 75, 8, 2),
-    "cpu": Setting(None, Taste(), 11, 6, 3, 1, 30, 5, 2_000, 64, 4),
+    "cpu": Setting(None, Taste(), 11, 5, 3, 1, 30, 5, 2_000, 64, 4),
     "gpu": Setting(None, Taste(2_000, 700), 24, 24, 8, 8, 30, 5, 8_000, 64, 24),
 }
 
