@@ -96,29 +96,32 @@ def draw_by_number(
         trained: the number of documents in training.
         reported: the paper's P@1 by number of documents, %, on its own data and model.
     """
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.8), width_ratios=[3, 3, 1.6])
-    styles = [(c, m) for m in ("-", "--") for c in COLOURS]
+    fig, axes = plt.subplots(1, 3, figsize=(12, 4.4), width_ratios=[3, 3, 1.6])
     for axis, values, scale in ((axes[0], likelihoods, 1), (axes[1], hits, 100)):
-        for (name, of), (colour, line) in zip(values.items(), styles, strict=False):
-            numbers = sorted(of)
+        for place, (name, of) in enumerate(values.items()):
+            numbers, colour = sorted(of), COLOURS[place % len(COLOURS)]
             above = [np.log(n) if scale == 1 else 0 for n in numbers]
             means = [
                 mean(scale * of[n].mean(0) + more) for n, more in zip(numbers, above, strict=True)
             ]
-            axis.plot(
-                numbers, [m.effect for m in means], line, color=colour, marker=".", label=name
-            )
-            axis.vlines(numbers, [m.low for m in means], [m.high for m in means], colour, lw=0.8)
-        axis.axvline(trained, color=REPORTED, lw=1, ls=":")
+            effects = [m.effect for m in means]
+            # Dashes let a curve be seen below another; intervals stand side by side.
+            line, beside = "--" if place % 2 else "-", 0.94 + 0.12 * place / len(values)
+            axis.plot(numbers, effects, line, color=colour, marker=".", label=name)
+            ends = [(m.low, m.high if scale == 1 else min(m.high, scale)) for m in means]
+            axis.vlines([beside * n for n in numbers], *zip(*ends, strict=True), colour, lw=0.8)
+        label = "documents in training" if axis is axes[1] else None
+        axis.axvline(trained, color=REPORTED, lw=1, ls=":", label=label)
         axis.set(xscale="log", xlabel="documents N")
         axis.set_xticks(numbers := sorted(next(iter(values.values()))), numbers)
         axis.minorticks_off()
     every = sorted(next(iter(hits.values())))
-    axes[0].plot(every, np.log(every), color=REPORTED, ls="--", lw=1, label="certain")
-    axes[0].set_ylabel("log-likelihood above chance, nats")
-    axes[1].plot(every, [100 / n for n in every], color=REPORTED, ls="--", lw=1, label="chance")
-    axes[1].set(ylabel="right document first, %", ylim=(0, 102))
-    axes[1].legend(fontsize=6)
+    certain = axes[0].plot(every, np.log(every), color=REPORTED, ls="--", lw=1, label="certain")
+    axes[0].set(ylabel="log-likelihood above chance, nats", title="the right document")
+    axes[1].plot(every, [100 / n for n in every], color=REPORTED, ls=":", lw=2, label="chance")
+    axes[1].set(ylabel="P@1, %", ylim=(0, 102), title="the right document first")
+    named = [*axes[1].get_legend_handles_labels()[0], *certain]
+    fig.legend(handles=named, ncol=4, loc="outside lower center", fontsize=8)
     axes[2].plot(list(reported), list(reported.values()), "s-", color=REPORTED)
     axes[2].set(xscale="log", xlabel="documents N", ylabel="P@1, %", title="paper: MS MARCO")
     axes[2].set_xticks(list(reported), list(reported))
@@ -166,7 +169,7 @@ def draw_segments(
     inside.set(title="other documents' share, over uniform", ylabel="ratio", ylim=(0, None))
     for column, name in enumerate(("first token", "instruction", "own document", "others")):
         left.plot(layers, segments[:, :, column].mean(0), color=COLOURS[column], label=name)
-    left.set(title="from document tokens", ylabel="attention")
+    left.set(title="from document tokens", ylabel="attention", ylim=(0, 1))
     for name, values in {
         "right document": segments[:, :, 6],
         "each other document": segments[:, :, 7] / (documents - 1),
@@ -176,7 +179,7 @@ def draw_segments(
     right.set(title="from the signal tokens", ylabel="attention to one document")
     for axis in (inside, left, right):
         axis.set(xlabel="layer")
-        axis.legend()
+        axis.legend(ncol=2 if axis is left else 1)
     return fig
 
 
