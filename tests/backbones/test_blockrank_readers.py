@@ -1,7 +1,6 @@
 """Reading under masks, the placebo's density, readers that start at the model's own attention, shares by hand."""
 
 import copy
-import filecmp
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from reattend.backbones.trained.blockrank import (
     Shares,
     Together,
     arms,
-    build,
     fit_reader,
     joined,
     random_blocks,
@@ -282,13 +280,3 @@ def test_growing_lists_hold_what_the_claim_compares(setting):
     read_densely = setting.numbers[: setting.dense_numbers]
     assert {setting.documents, 4 * setting.documents} <= set(read_densely)
     assert setting.pool > setting.numbers[-1]
-
-
-def test_the_build_rebuilds_alike(tmp_path):
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        build(tmp_path / folder, "smoke")
-    names = ["lists.json", "scores.safetensors"]
-    assert sorted(file.name for file in (tmp_path / "one").iterdir()) == names
-    equal, *_ = filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", names, shallow=False)
-    assert equal == names

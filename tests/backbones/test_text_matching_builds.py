@@ -7,7 +7,7 @@ import pytest
 from reattend.backbones.trained import blockrank, crosstune
 
 LESS = {
-    blockrank: {"train": 4, "test": 3, "further": 2, "looked": 1, "steps": 2, "batch": 2},
+    blockrank: {"train": 4, "test": 3, "looked": 1, "nested": 2, "steps": 2, "batch": 2},
     crosstune: {"sets": ("questions",), "pool": 8, "asked_pool": 3, "seeds": (0,)},
 }
 
