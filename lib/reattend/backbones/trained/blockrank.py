@@ -705,7 +705,7 @@ class Asked:
         drawn: how often each training prompt is in the draw of a seed.
         decoded: logits of the documents' numbers under the full mask, test prompts.
         nested: queries whose lists grow.
-        minilm: MiniLM's cosine of each with its right document, then with the others in their order.
+        cosines: MiniLM's cosine of each with its right document, then with the others in their order.
         by_number: S of their lists by kind of reader (also SHUFFLED and AS_IS) and number of documents.
         between, segments: see `Shares`, the first test prompts.
     """
@@ -719,7 +719,7 @@ class Asked:
     drawn: Int[Tensor, "seeds train"]
     decoded: Float[Tensor, "test documents"]
     nested: list[NestedLists]
-    minilm: Float[Tensor, "queries documents"]
+    cosines: Float[Tensor, "queries documents"]
     by_number: dict[tuple[str, int], Float[Tensor, "seeds queries documents"]]
     between: Float[Tensor, "looked layers 2"]
     segments: Float[Tensor, "looked layers 9"]
