@@ -117,23 +117,30 @@ def test_methods_differ_and_placebos_have_turned_gradients_or_other_masks(bench)
             assert not torch.equal(pictures[one], pictures[other]), (one, other)
     assert METHODS["random direction"].updates(bench, 1.0).scramble is not None
     assert METHODS["A-STAR"].updates(bench, 1.0).scramble is None
-    lenders = METHODS["borrowed masks"].updates(bench, 1.0).lenders
+    assert METHODS["L_ret, random direction"].updates(bench, 1.0).scramble is not None
+    lenders = VARIANTS["borrowed masks"].updates(bench, 1.0).lenders
     assert (bench.item[lenders] != bench.item).all()
     assert METHODS["A-STAR"].updates(bench, 1.0).lenders is None
 
 
-def test_the_random_direction_is_as_large_as_a_star_s_update_and_differs_between_parts(bench):
+@pytest.mark.parametrize(
+    ("method", "placebo"), [("A-STAR", "random direction"), ("+ L_ret", "L_ret, random direction")]
+)
+def test_a_random_direction_is_as_large_as_the_method_s_update_and_differs_between_parts(
+    bench, method, placebo
+):
     first, second = bench.part(slice(0, 2)), bench.part(slice(2, 4))
-    text = bench.model.encode(first.ids)
-    steps = {
-        name: METHODS[name].updates(first, 3.0)(0, first.noise, torch.ones(2), text) - first.noise
-        for name in ("A-STAR", "random direction")
-    }
+    text, time = bench.model.encode(first.ids), torch.full((2,), 0.9)
+    steps = {}
+    for name in (method, placebo):
+        updates = METHODS[name].updates(first, 3.0)
+        updates(0, first.noise, time, text)  # makes the masks of the second step
+        steps[name] = updates(1, first.noise, time, text) - first.noise
     sizes = [step.flatten(1).norm(dim=1) for step in steps.values()]
     torch.testing.assert_close(*sizes)
     turned = torch.nn.functional.cosine_similarity(*(s.flatten(1) for s in steps.values()))
     assert turned.abs().max() < 0.2
-    seeds = [METHODS["random direction"].updates(part, 3.0).scramble for part in (first, second)]
+    seeds = [METHODS[placebo].updates(part, 3.0).scramble for part in (first, second)]
     assert seeds[0] != seeds[1]
 
 
@@ -353,6 +360,10 @@ def test_order_is_read_off_the_picture_by_rule():
     found = study.ordered(
         scenes.pixels[apart], Prompts(prompts.colours[apart], prompts.nouns[apart])
     )
-    assert found.tolist() == left[apart].tolist()
+    seen = np.isfinite(found)
+    assert seen.mean() > 0.9
+    assert found[seen].tolist() == left[apart].numpy()[seen].tolist()
     lacking = Prompts(torch.tensor([[0, 1]]).repeat(20, 1), torch.tensor([[2, 5]]).repeat(20, 1))
-    assert study.ordered(scenes.pixels, lacking).size < 10  # few pictures hold what was not painted
+    few = np.isfinite(study.ordered(scenes.pixels, lacking))
+    assert len(few) == 20
+    assert few.sum() < 10  # few pictures hold what was not painted

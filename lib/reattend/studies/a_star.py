@@ -112,9 +112,9 @@ METHODS = {
     "+ L_seg": Method(segregate),
     "A-STAR": Method(both, regions=active_regions),
     "random direction": Method(both, regions=active_regions, scrambled=True),
-    "borrowed masks": Method(retain, regions=active_regions, borrowed=True),
+    "L_ret, random direction": Method(retain, regions=active_regions, scrambled=True),
 }
-"""The paper's rows in its order, and two placebos: A-STAR's gradients turned, L_ret with another picture's masks."""
+"""The paper's rows in its order, and two placebos: the gradients of A-STAR and of L_ret alone, turned."""
 EVERY_NOISE = ("Attend-and-Excite", "A-STAR", "random direction")
 """The methods whose differences are small beside their spread: drawn from all noises of a prompt."""
 
@@ -134,6 +134,7 @@ VARIANTS = {
     "first quarter of the steps": replace(METHODS["A-STAR"], share=0.25),
     "masks at half height": replace(METHODS["A-STAR"], regions=half_height_regions),
     "L_seg of shapes": Method(segregate_shapes),
+    "borrowed masks": Method(retain, regions=active_regions, borrowed=True),
 }
 
 
@@ -197,15 +198,16 @@ def means(frames: Mapping[str, pd.DataFrame], seconds: Mapping[str, float]) -> p
 
 def ordered(
     pictures: Float[Tensor, "pictures 3 side side"], prompts: Prompts
-) -> Float[np.ndarray, " found"]:
-    """1 where the first thing lies left of the second, of those pictures in which the rule finds both."""
+) -> Float[np.ndarray, " pictures"]:
+    """1 where the first thing lies left of the second, else 0; NaN where the rule does not find both."""
     columns = (
         matched(pictures)[0].any(3).any(2).double()
     )  # noun and column, whatever colour and row
     places = torch.arange(columns.shape[-1]).double()
     centres = (columns * places).sum(-1) / columns.sum(-1)
     pair = centres.gather(1, prompts.nouns)
-    return (pair[:, 0] < pair[:, 1]).double()[pair.isfinite().all(1)].numpy()
+    left = (pair[:, 0] < pair[:, 1]).double()
+    return left.where(pair.isfinite().all(1), torch.nan).numpy()
 
 
 # Overlap and decay at the unmodified model ----------------------------------------------------------
