@@ -1,6 +1,7 @@
 """Placebos take as much as their method; budgets hold; answers equal the decode loop; cells of the law."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -100,6 +101,12 @@ def test_draws_are_answered_where_a_test_asks():
         ["dense 1", *written, *chance[::2], "Vertical-Slash 2", "random lines 2"]
     )
     assert names(70, 4) == ["Ada-SnapKV 2", "Quest 2", "SnapKV 2", "dense 1"]
+    # Fewer draws of the methods leave those that two lengths share.
+    fewer = replace(draws, written={2.0: 8, 5.0: 2, 10.0: 2})
+    made = {first: fewer.arms(70, first, readers, methods) for first in (2, 4)}
+    lengths = [name for name, c, _ in made[2] if c == 5]
+    assert sorted(lengths) == ["Quest", "SnapKV"]
+    assert [c for _, c, _ in made[4]] == [1.0, 2.0, 2.0, 2.0]
     elsewhere = ["Quest 5", "SnapKV 5", "dense 1"]
     assert names(90, 0) == sorted([*elsewhere, "random entries 5", "random pages 5"])
     assert names(50, 2) == elsewhere

@@ -218,7 +218,7 @@ class Draws:
     """How many draws of each task are answered, and by which methods.
 
     Attributes:
-        length: of the main comparison, in tokens; at other lengths SnapKV, Quest and their placebos answer.
+        length: of the main comparison, in tokens; between lengths SnapKV, Quest and their placebos are compared.
         by_length: draws at each length.
         read, written: those that prefill and decoding methods answer at `length`, by compression.
         flex_compression: where the placebos of all methods are compared.
@@ -255,15 +255,17 @@ class Draws:
             decoders: the decoding methods and their placebos by compression, as from `decoders`.
         """
         main, made = length == self.length, [("dense", 1.0, AttentionMethod())]
+        elsewhere = max(count for n, count in self.by_length.items() if n != self.length)
         for c, methods in decoders.items():
-            if not (first < self.written[c] if main else c == self.length_compression):
-                continue
+            among_methods = main and first < self.written[c]
+            # A length is compared with another on the draws that both have.
+            among_lengths = c == self.length_compression and first < elsewhere
             # Placebos where a test asks for them, on as many draws as it has.
             at_ends = c == self.length_compression and first < min(self.by_length.values())
             at_methods = main and c == self.flex_compression and first < self.read[c]
             for name, method in methods.items():
-                real = name in DECODE and (main or name != "Ada-SnapKV")
-                if real or (name not in DECODE and (at_ends or at_methods)):
+                real = among_methods or (among_lengths and name != "Ada-SnapKV")
+                if real if name in DECODE else at_ends or at_methods:
                     made.append((name, c, method))
         return made + [arm for arm in readers if main and first < self.read[arm[1]]]
 
