@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from reattend.backbones.trained.r_amt import (
+    ARMS,
     BASE,
     SETTINGS,
     Run,
@@ -18,6 +19,7 @@ from reattend.backbones.trained.r_amt import (
     hand_prompts,
     learnt_prompts,
     new_masks,
+    tune,
     tune_all,
     untrained,
     views_of,
@@ -25,10 +27,12 @@ from reattend.backbones.trained.r_amt import (
 from reattend.data.attribute_scenes import NOUNS
 from reattend.studies import mask_tuning
 from reattend.studies.mask_tuning import (
+    DROPOUT,
     Domains,
     Labelled,
     accuracy,
     along_the_path,
+    dropout_marks,
     encoded,
     harmonic,
     linear_probe,
@@ -40,6 +44,7 @@ from reattend.studies.mask_tuning import (
     shuffled,
     tip_adapter,
     tuned_marks,
+    with_dropout,
     zeros_at,
 )
 from reattend.vision_language.r_amt import pack_bits
@@ -303,3 +308,41 @@ def test_lean_seeds_have_their_arms_and_rivals_alone(found, tests):
     setting = replace(SMOKE, few=(1, 2, 3))
     others = rivals(setting, lean, tests, steps=2)
     assert [row["shots"] for row in others] == [2, 2, 3, 3]
+
+
+def test_missing_arms_of_dropout_are_trained_as_in_the_build(found):
+    """A seed without them gets what a seed of the build has; what is there is taken as it is."""
+    own = Run("R-AMT", 2).key
+    lean = replace(found, tuned={own: found.tuned[own]})
+    full = with_dropout(SMOKE, lean, (1, 2))
+    assert set(full.tuned) == {Run(arm, k).key for arm in DROPOUT for k in (1, 2)}
+    assert set(lean.tuned) == {own}
+    assert full.tuned[own] is found.tuned[own]
+    for run in (Run("R-AMT", 1), Run("AMT", 1), Run("AMT", 2), Run("thinned", 2)):
+        assert all(map(torch.equal, full.tuned[run.key].values, found.tuned[run.key].values)), run
+
+
+def test_random_dropping_has_the_share_of_its_own_number_of_shots(found):
+    """At both numbers of shots R-AMT's share of dropped entries, step by step, with the same draw."""
+    full = with_dropout(SMOKE, found, (1, 2))
+    for k in (1, 2):
+        wanted = full.tuned[Run("R-AMT", k).key].dropped
+        torch.testing.assert_close(
+            full.tuned[Run("thinned", k).key].dropped, wanted, atol=0.03, rtol=0
+        )
+        assert wanted.max() > 0.1
+    one, two = (full.tuned[Run("R-AMT", k).key].dropped for k in (1, 2))
+    assert (one - two).abs().max() > 0.03
+    shots, hand = few_shots(SMOKE, 0).shots(1), hand_prompts(found.model)
+    again = tune(found.model, hand, shots, ARMS["thinned"], SMOKE.plan, 0, dropped=one)
+    assert all(map(torch.equal, again.values, full.tuned[Run("thinned", 1).key].values))
+
+
+def test_marks_of_dropout_are_those_of_the_build(found, tests):
+    rows = dropout_marks(with_dropout(SMOKE, found, (1, 2)), tests, (1, 2))
+    assert [(row["arm"], row["shots"]) for row in rows] == [(a, k) for k in (1, 2) for a in DROPOUT]
+    known = {(row["arm"], row["shots"]): row for row in tuned_marks(SMOKE, found, tests)[0]}
+    shared = [row for row in rows if (row["arm"], row["shots"]) in known]
+    assert len(shared) == 5
+    for row in shared:
+        assert row == known[row["arm"], row["shots"]]

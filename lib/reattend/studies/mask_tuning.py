@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from reattend.backbones.trained.r_amt import (
     learnt_prompts,
     masked_features,
     new_masks,
+    tune,
     views_of,
 )
 from reattend.data.shifted_objects import Objects
@@ -302,3 +303,38 @@ def tuned_marks(
             else:
                 rows.append({"arm": "shuffled", "shots": most} | tests.both(model, moved, classes))
     return rows, split
+
+
+# --- gradient dropout, asked of seeds that lack its rivals -----------------------------------------
+
+DROPOUT = ("R-AMT", "AMT", "thinned")
+"""Gradient dropout, none, and as many entries dropped at random; each finds what it needs before it."""
+
+
+def with_dropout(setting: Setting, found: Seed, counts: Sequence[int]) -> Seed:
+    """The seed with all of `DROPOUT` on these numbers of shots: what it has stays, the rest is trained.
+
+    All three see the same shots in the same order and views, as in the build.
+    """
+    model, tuned = found.model, dict(found.tuned)
+    drawn, hand = few_shots(setting, found.seed, model.log_scale.device), hand_prompts(model)
+    for run in (Run(arm, count) for count in counts for arm in DROPOUT):
+        if run.key in tuned:
+            continue
+        arm, extra = ARMS[run.arm], {}
+        if arm.gradients == "thinned":
+            extra = {"dropped": tuned[Run("R-AMT", run.shots).key].dropped}
+        shots = drawn.shots(run.shots)
+        tuned[run.key] = tune(model, hand, shots, arm, setting.plan, found.seed, **extra)
+    return replace(found, tuned=tuned)
+
+
+def dropout_marks(
+    found: Seed, tests: Domains, counts: Sequence[int]
+) -> list[dict[str, float | str]]:
+    """Every arm of `DROPOUT` on each of these numbers of shots, in both domains."""
+    model, hand, rows = found.model, hand_prompts(found.model), []
+    for run in (Run(arm, count) for count in counts for arm in DROPOUT):
+        masks = masks_of(model, ARMS[run.arm].place, found.tuned[run.key].values)
+        rows.append({"arm": run.arm, "shots": run.shots} | tests.both(model, masks, hand))
+    return rows
