@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from reattend.data.images import ImageSet
@@ -12,7 +11,6 @@ from reattend.data.word_tokens import random_windows
 from reattend.language_modeling import sigmoid_attention as method
 from reattend.language_modeling.sigmoid_attention import Attention
 from reattend.studies import sigmoid as study
-from reattend.training.vision import Recipe
 from reattend.trunks.language import Trunk
 
 
@@ -95,46 +93,50 @@ def test_layer_scale_holds_both_branches_of_every_layer():
 
 def test_rows_and_weights_depend_on_the_seed_alone():
     arm = {"heads": 2, "bias": -2.5}
-    first, again, other = (models().train(arm, seed, 0.01, 20) for seed in (0, 0, 1))
+    first, again, other = (models().train(arm, seed, 0.01, [20]) for seed in (0, 0, 1))
     assert first.log.losses == again.log.losses
     assert first.log.losses != other.log.losses
     assert len(first.norms) == len(first.log.losses) == 20
     # The first rows of a seed are the same whatever the arm: an untrained softmax has their loss.
-    unlike = models().train({"heads": 2, "activation": "softmax"}, 0, 0.01, 20)
+    unlike = models().train({"heads": 2, "activation": "softmax"}, 0, 0.01, [20])
     windows = random_windows(models().stream, 4, 13, torch.Generator().manual_seed(0))
     start = models().untrained({"heads": 2, "activation": "softmax"}, 0)
     expected = study.next_byte_loss(start, next(windows)).item()
     assert unlike.log.losses[0] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_model_is_the_mean_of_its_weights_before_the_stop():
+    model = trunk()
+    averages, note = study.tail_averages(model, [3, 12, 24])
+    for step in range(24):
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights.fill_(step)
+        note(step)
+    # The last sixth, one step at least: step 2; 10 and 11; 20 to 23.
+    for stop, expected in {3: 2.0, 12: 10.5, 24: 21.5}.items():
+        assert not averages[stop].training
+        for weights in averages[stop].parameters():
+            torch.testing.assert_close(weights, torch.full_like(weights, expected))
+
+
+def test_an_earlier_stop_is_a_shorter_training():
+    arm = {"heads": 2, "bias": -2.5}
+    both = models().train(arm, 0, 0.01, [20, 40])
+    alone = models().train(arm, 0, 0.01, [20])
+    assert len(both.log.losses) == 40
+    assert both.log.losses[:20] == alone.log.losses
+    for name, weights in both.models[20].state_dict().items():
+        torch.testing.assert_close(weights, alone.models[20].state_dict()[name])
+    assert not torch.equal(both.models[40].tokens.weight, both.models[20].tokens.weight)
+
+
 def test_training_lowers_the_loss_of_what_can_be_predicted():
     stream = torch.arange(5_000) % 7
     run = study.ByteModels(stream, 12, 4, 8, 1, torch.device("cpu")).train(
-        {"heads": 2}, 0, 0.02, 150
+        {"heads": 2}, 0, 0.02, [150]
     )
     assert run.log.losses[-1] < 0.2 * run.log.losses[0]
-
-
-@pytest.mark.parametrize("arm", [{"activation": "softmax"}, {"bias": -3.9}, {"activation": "mean"}])
-def test_the_image_classifier_sees_all_patches(arm):
-    torch.manual_seed(0)
-    model = study.ImageClassifier(arm, width=8, layers=1)
-    assert len(model.positions) == (28 // 4) ** 2
-    pixels = torch.randint(256, (2, 3, 28, 28), dtype=torch.uint8)
-    before = model(pixels)
-    assert before.shape == (2, 10)
-    for corner in ((0, 0), (27, 27)):
-        changed = pixels.clone()
-        changed[:, 0, corner[0], corner[1]] ^= 128
-        assert not torch.allclose(model(changed), before)
-
-
-def test_the_linear_classifier_is_linear_in_the_pixels():
-    model = study.LinearClassifier()
-    pixels = torch.randint(256, (3, 1, 28, 28), dtype=torch.uint8)
-    expected = F.linear(pixels.flatten(1) / 255 - 0.5, model.head.weight, model.head.bias)
-    torch.testing.assert_close(model(pixels), expected)
-    assert [type(layer) for layer in model.children()] == [nn.Linear]
 
 
 def pictures(count: int = 40) -> ImageSet:
@@ -147,26 +149,84 @@ def pictures(count: int = 40) -> ImageSet:
     return ImageSet(pixels, whole, labels, ("dark", "bright"), names, ("train",) * count, names)
 
 
-def test_a_fitted_classifier_tells_dark_from_bright():
+def pieces() -> study.Pieces:
+    return study.Pieces.of(pictures(), torch.device("cpu"))
+
+
+def test_pieces_are_means_of_four_by_four_pixels():
+    given, found = pictures(), pieces()
+    assert found.pixels.shape == (40, 49)
+    block = given.pixels[3, 0, 4:8, 20:24].double().mean() / 255
+    # Second row of blocks, sixth column.
+    assert found.pixels[3, 7 + 5].item() == pytest.approx(((block - 0.286) / 0.3).item(), rel=1e-5)
+
+
+def test_a_sheet_is_labelled_by_what_lies_at_the_asked_place():
+    found = pieces()
+    first, second = (next(found.sheets(200, seed=3)) for _ in range(2))
+    assert first.pieces.shape == (200, 16, 49)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first.asked, next(found.sheets(200, seed=4)).asked)
+    assert set(first.asked.tolist()) == set(range(16))
+    for sheet, asked, label in zip(*first, strict=True):
+        # Bright pictures are class 1: the mean pixel tells.
+        assert (sheet[asked].mean() > 0.4).item() == bool(label)
+
+
+@pytest.mark.parametrize("arm", [{"activation": "softmax"}, {"bias": -2.8}, {"activation": "mean"}])
+def test_the_reader_sees_all_places_and_the_question(arm):
     torch.manual_seed(0)
-    recipe = Recipe(60, 8, 0.01, label_smoothing=0.0, shift=0)
-    given, model = pictures(), study.LinearClassifier()
-    assert study.fit_classifier(model, given, recipe, 0, torch.device("cpu")) is model
-    assert study.accuracy(model, given, 40) == 100.0
+    model = study.SheetReader(arm, width=8, layers=1)
+    sheets = next(pieces().sheets(2, seed=0))
+    before = model(sheets)
+    assert before.shape == (2, 10)
+    for place in (0, 15):
+        changed = sheets.pieces.clone()
+        changed[:, place] += 1
+        assert not torch.allclose(model(sheets._replace(pieces=changed)), before)
+    assert not torch.allclose(model(sheets._replace(asked=15 - sheets.asked)), before)
 
 
-def test_accuracy_is_of_the_first_pictures_in_per_cent():
-    class Zero(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(1, 1)
+def test_the_linear_reader_is_linear_in_pixels_and_place():
+    model, sheets = study.LinearReader(), next(pieces().sheets(3, seed=0))
+    places = F.one_hot(sheets.asked, 16).float()
+    expected = F.linear(sheets.pieces.flatten(1), model.head.weight, model.head.bias)
+    torch.testing.assert_close(model(sheets), expected + places @ model.question.weight)
 
-        def forward(self, pixels):
-            return F.one_hot(torch.zeros(len(pixels), dtype=torch.long), 2).float()
 
-    given = pictures()
-    assert study.accuracy(Zero(), given, 40) == 50.0
-    assert study.accuracy(Zero(), given, 3) == pytest.approx(200 / 3)
+class Told(torch.nn.Module):
+    """Logistic regression on the asked picture alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(49, 10)
+
+    def forward(self, sheets):
+        return self.head(sheets.pieces[torch.arange(len(sheets.asked)), sheets.asked])
+
+
+def test_a_fitted_reader_tells_dark_from_bright():
+    held_out = next(pieces().sheets(200, seed=9))
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        model = Told()
+        assert study.fit_reader(model, pieces(), 8, 0.02, 60, seed) is model
+        assert study.accuracy(model, held_out) == 100
+        models.append(model.head.weight)
+    assert torch.equal(models[0], models[1])
+    assert not torch.equal(models[0], models[2])
+
+
+def test_accuracy_is_in_per_cent():
+    class Zero(torch.nn.Module):
+        def forward(self, sheets):
+            return F.one_hot(torch.zeros(len(sheets.labels), dtype=torch.long), 2).float()
+
+    sheets = next(pieces().sheets(30, seed=0))
+    assert study.accuracy(Zero(), sheets) == pytest.approx(
+        100 * (sheets.labels == 0).double().mean()
+    )
 
 
 def test_jacobian_norms_are_those_of_single_heads():

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from reattend.data.images import ImageSet
 from reattend.data.word_tokens import random_windows, token_stream
@@ -27,8 +28,6 @@ from reattend.language_modeling.sigmoid_attention import (
     single_head,
 )
 from reattend.training.loop import TrainingLog, TrainingPlan, train
-from reattend.training.vision import Recipe, correct
-from reattend.training.vision import fit as fit_images
 from reattend.trunks.language import Block, FeedForward, Trunk
 
 Arm = Mapping[str, Any]
@@ -76,11 +75,32 @@ def watch_norms(model: Trunk) -> list[float]:
     return norms
 
 
+def tail_averages(
+    model: Trunk, stops: Sequence[int]
+) -> tuple[dict[int, Trunk], Callable[[int], None]]:
+    """Models whose weights are the mean over the last sixth of the steps before each stop.
+
+    Under a constant learning rate such a mean is as good as a model whose rate was brought down to zero at
+    that stop, and one training gives it for every stop. A stop is a number of steps.
+
+    Returns:
+        Stop -> averaged model, in evaluation mode, and what the training loop has to call after each step.
+    """
+    averages = {stop: AveragedModel(model).eval() for stop in stops}
+
+    def note(step: int) -> None:
+        for stop, average in averages.items():
+            if stop - max(1, stop // 6) <= step < stop:
+                average.update_parameters(model)
+
+    return {stop: average.module for stop, average in averages.items()}, note
+
+
 @dataclass(frozen=True)
 class Run:
-    """A trained language model, its training, and the norm of the attention output at every step."""
+    """A language model at its stops, its training, and the norm of the attention output at every step."""
 
-    model: Trunk
+    models: dict[int, Trunk]
     log: TrainingLog
     norms: list[float]
 
@@ -123,15 +143,27 @@ class ByteModels:
         )
         return model.to(self.device)
 
-    def train(self, arm: Arm, seed: int, rate: float, steps: int) -> Run:
-        """AdamW with the betas of the official code; the rows of a step depend on `seed` alone."""
+    def train(self, arm: Arm, seed: int, rate: float, stops: Sequence[int]) -> Run:
+        """AdamW at a constant rate, the betas of the official code; models are averages before each stop.
+
+        Warm-up takes a tenth of the first stop; the rows of a step depend on `seed` alone.
+        """
         model = self.untrained(arm, seed)
+        models, average = tail_averages(model, stops)
         norms = watch_norms(model)
         draw = torch.Generator().manual_seed(seed)
         rows = random_windows(self.stream, self.batch, self.length + 1, draw)
-        plan = TrainingPlan(steps, rate, warmup=steps // 10, betas=(0.9, 0.95), fused=True)
-        log = train(model, (each.to(self.device) for each in rows), next_byte_loss, plan)
-        return Run(model, log, norms)
+        plan = TrainingPlan(
+            max(stops),
+            rate,
+            warmup=min(stops) // 10,
+            betas=(0.9, 0.95),
+            schedule="constant",
+            fused=True,
+        )
+        batches = (each.to(self.device) for each in rows)
+        log = train(model, batches, next_byte_loss, plan, after_step=average)
+        return Run(models, log, norms)
 
 
 @contextlib.contextmanager
@@ -148,11 +180,50 @@ def other_bias(model: Trunk, bias: float | None) -> Iterator[None]:
             mixer.bias = value
 
 
-class ImageClassifier(nn.Module):
-    """A small vision transformer for grey pictures of 28 x 28: 49 patches, a linear head on all their states.
+class Sheets(NamedTuple):
+    """Sheets of small pictures, the place on each that is asked about, and the class of what lies there."""
 
-    Pixels are standardised by mean and deviation of Fashion-MNIST. Learned positions start as large as the
-    patches, standard deviation 0.5: with 0.02, the usual start, a short training hardly finds them.
+    pieces: Float[Tensor, "sheets places pixels"]
+    asked: Int[Tensor, " sheets"]
+    labels: Int[Tensor, " sheets"]
+
+
+PLACES, PIXELS = 16, 49
+"""Pictures on a sheet, and pixels of a picture of 7 x 7."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Pictures of 28 x 28 made small, means of 4 x 4 pixels, by which sheets are filled.
+
+    Attributes:
+        pixels: standardised by the mean of Fashion-MNIST and roughly its deviation.
+    """
+
+    pixels: Float[Tensor, "items pixels"]
+    labels: Int[Tensor, " items"]
+
+    @classmethod
+    def of(cls, pictures: ImageSet, device: torch.device) -> Pieces:
+        """All pictures of a set."""
+        small = F.avg_pool2d(pictures.pixels[:, 0].float(), 4).flatten(1) / 255
+        return cls(((small - 0.286) / 0.3).to(device), pictures.labels.to(device))
+
+    def sheets(self, count: int, seed: int) -> Iterator[Sheets]:
+        """Endless batches of `count` sheets, pictures and places drawn at random, with replacement."""
+        draw, device = torch.Generator().manual_seed(seed), self.labels.device
+        while True:
+            items = torch.randint(len(self.labels), (count, PLACES), generator=draw).to(device)
+            asked = torch.randint(PLACES, (count,), generator=draw).to(device)
+            chosen = items.gather(1, asked[:, None])[:, 0]
+            yield Sheets(self.pixels[items], asked, self.labels[chosen])
+
+
+class SheetReader(nn.Module):
+    """A small vision transformer that says what lies at the place it is asked about.
+
+    A patch is a whole small picture, and one token asks: the head reads its state alone. What it says of
+    the picture must come by attention, to the key of the asked place.
 
     Args:
         arm: options of `Attention`.
@@ -161,49 +232,54 @@ class ImageClassifier(nn.Module):
 
     def __init__(self, arm: Arm, width: int, layers: int, classes: int = 10):
         super().__init__()
-        self.embed = nn.Conv2d(1, width, 4, stride=4)
-        self.positions = nn.Parameter(0.5 * torch.randn(49, width))
+        self.embed = nn.Linear(PIXELS, width)
+        self.positions = nn.Parameter(0.5 * torch.randn(PLACES, width))
+        self.question = nn.Embedding(PLACES, width)
         options = {"causal": False, "positions": "none"} | arm
         self.blocks = nn.ModuleList(
             Block(width, Attention(width, 2, **options), FeedForward(width)) for _ in range(layers)
         )
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(49 * width, classes)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
-    def forward(
-        self, pixels: UInt8[Tensor, "batch channels 28 28"]
-    ) -> Float[Tensor, "batch classes"]:
-        x = self.embed((pixels[:, :1].float() / 255 - 0.286) / 0.353).flatten(2).mT + self.positions
+    def forward(self, sheets: Sheets) -> Float[Tensor, "sheets classes"]:
+        patches = self.embed(sheets.pieces) + self.positions
+        x = torch.cat([self.question(sheets.asked)[:, None], patches], dim=1)
         for block in self.blocks:
             x = block(x, None)
-        return self.head(self.norm(x).flatten(1))
+        return self.head(self.norm(x[:, 0]))
 
 
-class LinearClassifier(nn.Module):
-    """Logistic regression on the pixels: what any picture model must beat."""
+class LinearReader(nn.Module):
+    """Logistic regression on all pixels and the asked place: what any reader must beat."""
 
     def __init__(self, classes: int = 10):
         super().__init__()
-        self.head = nn.Linear(28 * 28, classes)
+        self.head, self.question = (
+            nn.Linear(PLACES * PIXELS, classes),
+            nn.Embedding(PLACES, classes),
+        )
 
-    def forward(
-        self, pixels: UInt8[Tensor, "batch channels 28 28"]
-    ) -> Float[Tensor, "batch classes"]:
-        return self.head((pixels[:, :1].float() / 255 - 0.5).flatten(1))
+    def forward(self, sheets: Sheets) -> Float[Tensor, "sheets classes"]:
+        return self.head(sheets.pieces.flatten(1)) + self.question(sheets.asked)
 
 
-def fit_classifier(
-    model: nn.Module, pictures: ImageSet, recipe: Recipe, seed: int, device: torch.device
+def fit_reader(
+    model: nn.Module, pieces: Pieces, batch: int, rate: float, steps: int, seed: int
 ) -> nn.Module:
-    """Train a classifier on the training pictures."""
-    model = model.to(device)
-    fit_images(model, pictures.pixels, pictures.labels, recipe, seed=seed)
+    """Train a reader on sheets that depend on `seed` alone; AdamW, cosine to zero."""
+
+    def loss(model: nn.Module, sheets: Sheets) -> Tensor:
+        return F.cross_entropy(model(sheets), sheets.labels)
+
+    plan = TrainingPlan(steps, rate, weight_decay=0.05, warmup=20, fused=True)
+    train(model, pieces.sheets(batch, seed), loss, plan)
     return model
 
 
-def accuracy(model: nn.Module, pictures: ImageSet, count: int) -> float:
-    """Share of the first `count` pictures that are classified rightly, %."""
-    right = correct(model, pictures.pixels[:count], pictures.labels[:count])
-    return 100 * right.double().mean().item()
+@torch.no_grad()
+def accuracy(model: nn.Module, sheets: Sheets) -> float:
+    """Share of the sheets that are read rightly, %."""
+    return 100 * (model(sheets).argmax(1) == sheets.labels).double().mean().item()
 
 
 # --- regularity ------------------------------------------------------------------------------------
