@@ -247,29 +247,50 @@ def test_divergence_is_torch_s_and_its_gradient_that_of_autograd(seed):
     assert torch.allclose(divergence_gradient(values.detach()), gradient, **EXACT)
 
 
+def smooth_shift(seed, height=0.3) -> Shift:
+    """Spots of a few pixels; the third noise is not moved."""
+    rough = torch.randn(2, 3, 3, 16, 16, generator=generator(seed), dtype=torch.float64)
+    spots = F.avg_pool2d(F.pad(rough.flatten(0, 1), (2, 2, 2, 2), "circular"), 5, 1)
+    mean, logs = (height * spots).unflatten(0, (2, 3))
+    mean[2], logs[2] = 0, 0
+    return Shift(mean, logs)
+
+
+def neighbours(field: torch.Tensor) -> torch.Tensor:
+    """Correlation of each pixel with the next one of its row."""
+    return F.cosine_similarity(field.flatten(1), field.roll(1, -1).flatten(1))
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_scrambled_shift_has_the_same_divergence_in_another_direction(seed):
-    mean, logs = 0.3 * torch.randn(2, 3, 4, 50, generator=generator(seed), dtype=torch.float64)
-    shift = Shift(mean, logs)
-    other = shift.scrambled(generator(seed))
+def test_random_phases_keep_divergence_spectrum_and_smoothness_and_lose_the_place(seed):
+    shift = smooth_shift(seed)
+    other = shift.rephased(generator(seed))
     assert torch.allclose(other.divergence(), shift.divergence(), **EXACT)
-    cosine = F.cosine_similarity(other.mean.flatten(1), mean.flatten(1))
-    assert cosine.abs().max() < 0.3
-    assert torch.equal(
-        other.mean.abs().flatten(1).sort().values, mean.abs().flatten(1).sort().values
+    assert not other.mean[2].any()
+    assert not other.log_variance[2].any()
+    was, now = (torch.fft.fft2(s.mean[:2]) for s in (shift, other))
+    factor = now.abs().sum((1, 2, 3)) / was.abs().sum((1, 2, 3))
+    assert torch.allclose(factor, torch.ones(2).double(), atol=0.03)
+    scaled = was * factor[:, None, None, None]
+    assert torch.allclose(now.abs(), scaled.abs(), **EXACT)
+    # Colours: between channels powers and phases stay.
+    assert torch.allclose(now[:, 0] * now[:, 1].conj(), scaled[:, 0] * scaled[:, 1].conj(), **EXACT)
+    assert neighbours(shift.mean[:2]).min() > 0.6
+    assert torch.allclose(neighbours(other.mean[:2]), neighbours(shift.mean[:2]), **EXACT)
+    assert (
+        F.cosine_similarity(other.mean[:2].flatten(1), shift.mean[:2].flatten(1)).abs().max() < 0.5
     )
-    # A mean and a variance that belonged to one element still do.
-    before, after = (
-        sorted(
-            zip(
-                s.mean[0].abs().flatten().tolist(),
-                s.log_variance[0].flatten().tolist(),
-                strict=True,
-            )
-        )
-        for s in (shift, other)
+    logs = (shift.log_variance, other.log_variance)
+    assert torch.allclose(
+        logs[1].mean((1, 2, 3))[:2], factor * logs[0].mean((1, 2, 3))[:2], **EXACT
     )
-    assert before == after
+
+
+def test_each_noise_has_phases_of_its_own():
+    shift = smooth_shift(0)
+    same = Shift(shift.mean[:1].expand(2, -1, -1, -1), shift.log_variance[:1].expand(2, -1, -1, -1))
+    other = same.rephased(generator(1))
+    assert not torch.allclose(other.mean[0], other.mean[1])
 
 
 def search_by_hand(candidates, score, row, how, steps, last):

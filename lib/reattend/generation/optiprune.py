@@ -149,13 +149,30 @@ class Shift:
         each = -0.5 * (1 + log_variance - self.mean**2 - log_variance.exp())
         return each.flatten(1).mean(-1)
 
-    def scrambled(self, generator: torch.Generator) -> "Shift":
-        """The placebo: elements in random order and means with random signs, so a random direction of the same KL."""
-        means, logs = self.mean.flatten(1).cpu(), self.log_variance.flatten(1).cpu()
-        order = torch.rand(means.shape, generator=generator).argsort(-1)
-        signs = torch.randint(0, 2, means.shape, generator=generator) * 2 - 1
-        parts = (means.gather(1, order) * signs, logs.gather(1, order))
-        return Shift(*(part.reshape(self.mean.shape).to(self.mean.device) for part in parts))
+    def rephased(self, generator: torch.Generator) -> "Shift":
+        """The placebo: as smooth, as large and in the same colours, but elsewhere.
+
+        Shifts are [batch, channels, rows, columns]. Every spatial frequency keeps its power, in each channel and
+        between channels, and gets a random phase,
+
+            F(mean') = F(mean) e^{i phi},   phi(-f) = -phi(f),
+
+        the same for all channels and for the log-variance, whose average stays as it is. sum mean'^2 = sum mean^2
+        (Parseval), and the divergence is the same to second order; a factor near one makes it equal.
+        """
+        means, logs = self.mean.cpu().double(), self.log_variance.cpu().double()
+        white = torch.randn(len(means), 1, *means.shape[2:], generator=generator).double()
+        turn = torch.fft.fft2(white)
+        turn = turn / turn.abs()
+        means = torch.fft.ifft2(torch.fft.fft2(means) * turn).real
+        turn[..., 0, 0] = 1
+        logs = torch.fft.ifft2(torch.fft.fft2(logs) * turn).real
+        asked = Shift(self.mean.double(), self.log_variance.double()).divergence().cpu()
+        factor = torch.ones_like(asked)[:, None, None, None]
+        for _ in range(20):
+            now = Shift(factor * means, factor * logs).divergence().clamp(min=1e-30)
+            factor = factor * (asked / now).sqrt()[:, None, None, None]
+        return Shift(*((factor * part).to(self.mean) for part in (means, logs)))
 
 
 class RowAdam:

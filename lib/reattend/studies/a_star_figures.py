@@ -148,7 +148,8 @@ def draw_maps_over_time(
             if place == 0:
                 line[-1].axis("on")
                 show_picture(line[-1], pictures[name])
-                line[-1].set_title("picture", fontsize=8)
+                if block == 0:
+                    line[-1].set_title("picture", fontsize=8)
     _map_bar(figure, axes, most)
     return figure
 
@@ -205,10 +206,7 @@ def draw_scores(
         together = np.concatenate(list(points.values()))
         bin_width = (np.ptp(together) or 1.0) / 40
         for place, (name, values) in enumerate(points.items()):
-            at, count = np.unique(np.round(values / bin_width) * bin_width, return_counts=True)
-            area = 220 * count / len(values)
-            axis.scatter(at, np.full(len(at), place), area, color=COLOUR_OF[name], alpha=0.45, lw=0)
-            _mean_at(axis, values, place + 0.33, COLOUR_OF[name], "D")
+            prompt_row(axis, values, place, COLOUR_OF[name], bin_width)
         axis.axvline(points["base"].mean(), color=BASELINE, lw=1, ls=":")
         axis.set_title(title)
         axis.set_xlabel(unit)
@@ -217,6 +215,14 @@ def draw_scores(
     note = "circles: prompts, area by how many; diamonds: means with 95 % intervals; dotted: base"
     figure.supxlabel(note, fontsize=8)
     return figure
+
+
+def prompt_row(axis: Axes, values: np.ndarray, place: float, colour: str, bin_width: float) -> None:
+    """Circles at height `place`, whose area says how many values lie within a bin, and their mean below."""
+    at, count = np.unique(np.round(values / bin_width) * bin_width, return_counts=True)
+    area = 220 * count / len(values)
+    axis.scatter(at, np.full(len(at), place), area, color=colour, alpha=0.45, lw=0)
+    _mean_at(axis, values, place + 0.33, colour, "D")
 
 
 def _mean_at(

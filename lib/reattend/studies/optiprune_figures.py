@@ -9,20 +9,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import norm
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from reattend.evidence.intervals import mean
 from reattend.generation.optiprune import Selection, Shift
-from reattend.plots import BASELINE, COLOURS, REPORTED, mean_point
+from reattend.plots import BASELINE, COLOURS, REPORTED
+from reattend.studies.a_star_figures import prompt_row
 
 COLOUR_OF = {
     "base": BASELINE,
     "noise only": COLOURS[4],
     "OptiPrune": COLOURS[0],
     "best of k": COLOURS[1],
-    "random direction": COLOURS[5],
+    "random phases": COLOURS[5],
+    "OptiPrune's search": COLOURS[0],
+    "bounded": COLOURS[2],
+    "unbounded": COLOURS[3],
+    "scaled back": COLOURS[4],
     "SimPrune": COLOURS[2],
     "SimPrune alone": COLOURS[2],
     "random": COLOURS[7],
@@ -49,10 +53,13 @@ def draw_scores(maps: Tensor, inside: Tensor, seen: Tensor) -> Figure:
     figure, axes = plt.subplots(1, 4, figsize=(9.5, 2.6))
     for axis, one, mask, name in zip(axes, maps, inside, "AB", strict=False):
         axis.imshow(one.numpy(), cmap="magma", vmin=0, vmax=1)
-        axis.contour(mask.numpy().astype(float), [0.5], colors="white", linewidths=1.2)
+        ruler = np.arange(-1, len(mask) + 1)  # a border of zeros closes outlines at the edge
+        outline = np.pad(mask.numpy().astype(float), 1)
+        axis.contour(ruler, ruler, outline, [0.5], colors="white", linewidths=1.2)
+        axis.set(xlim=(-0.5, len(mask) - 0.5), ylim=(len(mask) - 0.5, -0.5))
         row, column = np.unravel_index(int(one.argmax()), one.shape)
         axis.plot(column, row, "x", color="cyan")
-        axis.set_title(f"cross-attention of {name}, foreground, peak")
+        axis.set_title(f"cross-attention of {name}")
     for axis, one, name in zip(axes[2:], seen, "AB", strict=True):
         axis.imshow(one.numpy(), cmap="viridis")
         axis.set_title(f"self-attention at the peak of {name}")
@@ -61,6 +68,7 @@ def draw_scores(maps: Tensor, inside: Tensor, seen: Tensor) -> Figure:
         axis.set_yticks([])
         axis.grid(False)
         axis.title.set_fontsize(8)
+    figure.supxlabel("white line: foreground; cyan cross: peak", fontsize=8)
     return figure
 
 
@@ -109,92 +117,148 @@ def draw_samples(
                 spine.set_visible(True)
                 spine.set_color("grey" if there else "red")
                 spine.set_linewidth(0.5 if there else 2)
-        row[0].set_ylabel(name, fontsize=7)
+        row[0].set_ylabel(name, fontsize=8)
     for axis, caption in zip(axes[0], captions, strict=True):
-        axis.set_title(caption.replace(" and ", "\nand "), fontsize=6.5, fontweight="normal")
+        axis.set_title(caption.replace(" and ", "\nand "), fontsize=7.5, fontweight="normal")
     return figure
 
 
 def draw_arms(points: Mapping[str, Mapping[str, np.ndarray]], labels: Mapping[str, str]) -> Figure:
-    """One panel a measure: every prompt of every arm, and the mean with its 95 % interval."""
-    figure, axes = plt.subplots(1, len(points), figsize=(4.2 * len(points), 3.4), sharey=True)
+    """One panel a measure: prompts of every arm as circles, and below them the mean with its 95 % interval."""
+    figure, axes = plt.subplots(1, len(points), figsize=(4.4 * len(points), 4.2), sharey=True)
     for axis, (measure, arms) in zip(axes, points.items(), strict=True):
-        for place, (name, values) in enumerate(arms.items()):
-            mean_point(axis, values, place, _colour(name))
+        _arm_rows(axis, arms)
         axis.axvline(np.mean(arms["base"]), color=BASELINE, lw=0.8, ls=":")
         axis.set_xlabel(labels[measure])
-        axis.set_yticks(range(len(arms)), list(arms))
     axes[0].invert_yaxis()
+    figure.supxlabel(
+        "circles: prompts, area by how many; diamonds: means with 95 % intervals", fontsize=8
+    )
     return figure
 
 
-def draw_noise(start: Tensor, shift: Shift, free: Shift, steps: Mapping[str, np.ndarray]) -> Figure:
-    """What optimisation does to a noise: the mean it adds, all values against the normal, divergence by arm."""
-    figure, axes = plt.subplots(1, 4, figsize=(12.5, 2.9))
-    for axis, moved, name in [(axes[0], shift, "bounded"), (axes[1], free, "unbounded")]:
-        added = moved.mean[0].mean(0)
-        limit = float(free.mean[0].mean(0).abs().max()) or 1.0
-        image = axis.imshow(added.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
-        axis.set_title(f"mean added to one noise, {name}")
+def _arm_rows(axis: Axes, arms: Mapping[str, np.ndarray]) -> None:
+    width = (np.ptp(np.concatenate(list(arms.values()))) or 1.0) / 40
+    for place, (name, values) in enumerate(arms.items()):
+        prompt_row(axis, values, place, _colour(name), width)
+    axis.set_yticks(range(len(arms)), list(arms))
+
+
+def draw_noise(
+    start: Tensor, shifts: Mapping[str, Shift], divergences: Mapping[str, np.ndarray]
+) -> Figure:
+    """What optimisation does to noises: the mean it adds to one, power by frequency of all, divergence by arm.
+
+    Args:
+        start: noises as they were drawn, [rows, channels, side, side].
+        shifts: of these noises by arm, on one scale of colours.
+        divergences: of every noise by arm.
+    """
+    figure = plt.figure(figsize=(12.5, 6.2))
+    above, below = figure.subfigures(2, 1)
+    axes = above.subplots(1, len(shifts))
+    added = {name: shift.mean[0].mean(0).numpy() for name, shift in shifts.items()}
+    limit = max(float(np.abs(grid).max()) for grid in added.values()) or 1.0
+    for axis, (name, grid) in zip(axes, added.items(), strict=True):
+        image = axis.imshow(grid, cmap="RdBu", vmin=-limit, vmax=limit)
+        axis.set_title(f"mean added to one noise: {name}")
+        axis.set(xlabel="column, pixels", ylabel="row, pixels")
         axis.grid(False)
-        figure.colorbar(image, ax=axis, shrink=0.8)
-    ruler = np.linspace(-4, 4, 200)
-    for moved, name, colour in [(shift, "bounded", COLOURS[0]), (free, "unbounded", COLOURS[3])]:
-        values = moved.applied(start).flatten().numpy()
-        label = f"{name}: mean {values.mean():+.3f}, s.d. {values.std():.3f}"
-        axes[2].hist(values, 80, (-4, 4), density=True, histtype="step", color=colour, label=label)
-    axes[2].plot(ruler, norm.pdf(ruler), color="black", lw=0.8, label="standard normal")
-    axes[2].set_ylim(top=0.58)  # room for the legend above the curves
-    axes[2].legend(fontsize=6.5, loc="upper center")
-    axes[2].set_title("values of all noises")
-    for place, values in enumerate(steps.values()):
-        axes[3].plot(
-            np.maximum(values, 1e-7),
-            np.full(len(values), place),
-            ".",
-            color=COLOURS[place],
-            alpha=0.3,
-        )
-    axes[3].axvline(1e-3, color="red", lw=0.8)
-    axes[3].set_xscale("log")
-    axes[3].set_yticks(range(len(steps)), list(steps))
-    axes[3].set_xlabel("KL divergence (nats an element); red: bound")
+    above.colorbar(image, ax=axes, shrink=0.8, label="s.d. of the noise")
+    spectrum, spread = below.subplots(1, 2)
+    arms = {"as drawn": start} | {n: shift.applied(start) for n, shift in shifts.items()}
+    for (name, noise), style in zip(arms.items(), ("-", "-", "-", "--"), strict=True):
+        frequency, power = _power(noise)
+        label = f"{name}: mean {noise.mean():+.3f}, s.d. {noise.std():.3f}"
+        colour = BASELINE if name == "as drawn" else _colour(name)
+        spectrum.plot(frequency, power, style, color=colour, label=label, marker=".")
+    spectrum.set(
+        xlabel="spatial frequency, periods a picture", ylabel="power / that of white noise"
+    )
+    spectrum.set_yscale("log")
+    spectrum.set_title("all noises, moved: white noise has power 1")
+    spectrum.legend()
+    for place, (name, values) in enumerate(divergences.items()):
+        heights = place + np.linspace(-0.3, 0.3, len(values))  # side by side, not on each other
+        spread.plot(np.maximum(values, 1e-6), heights, ".", color=_colour(name), alpha=0.4, ms=4)
+    spread.axvline(1e-3, color="red", lw=0.8, label="bound")
+    spread.set_xscale("log")
+    spread.set_yticks(range(len(divergences)), list(divergences))
+    spread.invert_yaxis()
+    spread.set_xlabel("KL divergence, nats an element (at $10^{-6}$: not moved)")
+    spread.set_title("every noise")
+    spread.legend(loc="upper right")
     return figure
+
+
+def _power(noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean power of noises [rows, channels, side, side] by whole spatial frequency; 1 for white noise."""
+    side = noise.shape[-1]
+    power = np.abs(np.fft.fft2(noise.double().numpy(), norm="ortho")) ** 2
+    ruler = np.fft.fftfreq(side, 1 / side)
+    ring = np.hypot(*np.meshgrid(ruler, ruler)).round().astype(int)
+    rings = np.arange(side // 2 + 1)
+    mean_power = power.mean((0, 1))
+    return rings, np.array([mean_power[ring == r].mean() for r in rings])
 
 
 def draw_prediction(
-    scores: Mapping[str, np.ndarray], failed: np.ndarray, areas: Mapping[str, np.ndarray]
+    scores: Mapping[str, np.ndarray],
+    failed: np.ndarray,
+    areas: Mapping[str, np.ndarray],
+    more: np.ndarray,
 ) -> Figure:
-    """Scores of fresh noises by what became of the picture, ROC curves, and areas with their intervals.
+    """Scores of fresh noises by what became of the picture, ROC curves, areas, and what the asked things add.
 
     Args:
         scores: less the mean of their prompt.
-        areas: within prompts, pseudo-values of the prompts; all of them are shown.
+        areas: within prompts, pseudo-values of the prompts.
+        more: area of the asked things less that of other things, pseudo-values.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), width_ratios=(1, 1, 1.3))
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.9), width_ratios=(1, 1, 1, 0.8))
     first = next(iter(scores))
     bins = np.linspace(scores[first].min(), scores[first].max(), 25)
     for which, name, colour in [
         (~failed, "both objects", COLOURS[2]),
         (failed, "one missing", COLOURS[3]),
     ]:
-        axes[0].hist(scores[first][which], bins, density=True, alpha=0.6, color=colour, label=name)
-    axes[0].set_xlabel(f"{first}, less the prompt's mean")
+        label = f"{name} ({which.sum():,} pictures)"
+        values = scores[first][which]
+        axes[0].hist(values, bins, density=True, histtype="step", lw=1.6, color=colour, label=label)
+        axes[0].axvline(values.mean(), color=colour, lw=1, ls="--")
+    axes[0].set_xlabel(f"{first}, less the prompt's mean; dashed: means")
     axes[0].set_ylabel("density")
-    axes[0].legend()
+    axes[0].set_ylim(top=1.25 * axes[0].get_ylim()[1])  # room for the legend
+    axes[0].legend(loc="upper center")
     for place, (name, values) in enumerate(scores.items()):
         miss, hit, _ = roc_curve(failed, values)
-        axes[1].plot(miss, hit, color=COLOURS[place], label=name)
-        mean_point(axes[2], areas[name], place, COLOURS[place])
+        axes[1].plot(miss, hit, color=COLOURS[place])
+        _interval(axes[2], areas[name], place, COLOURS[place])
     axes[1].plot([0, 1], [0, 1], color="grey", lw=0.8, ls=":")
     axes[1].set_xlabel("share of good pictures above the threshold")
     axes[1].set_ylabel("share of failed ones above it")
-    axes[1].legend(fontsize=7, loc="lower right")
+    axes[1].set_title("colours as on the right")
     axes[2].axvline(0.5, color="grey", lw=0.8, ls=":")
-    axes[2].set_yticks(range(len(areas)), list(areas))
-    axes[2].invert_yaxis()
-    axes[2].set_xlabel("area within prompts, 95 % interval")
+    axes[2].set_yticks(range(len(areas)), [name.replace(" of ", "\nof ") for name in areas])
+    axes[2].set_ylim(len(areas) - 0.5, -0.5)
+    axes[2].set_xlabel("area within prompts; .5: chance")
+    axes[2].set_title("means, 95 % intervals")
+    _interval(axes[3], more, 0, COLOURS[0])
+    axes[3].axvline(0, color="grey", lw=0.8, ls=":")
+    axes[3].axvline(0.056, color="red", lw=0.8)
+    axes[3].set_yticks([])
+    axes[3].set_ylim(0.5, -0.5)
+    axes[3].set_xlabel("area; red: what would count")
+    axes[3].set_title("asked less other things")
     return figure
+
+
+def _interval(axis: Axes, values: np.ndarray, place: float, colour: str) -> None:
+    """Mean of the values with its 95 % interval."""
+    found = mean(values)
+    if np.isfinite(found.low):
+        axis.plot([found.low, found.high], [place, place], color=colour, lw=2)
+    axis.plot(found.effect, place, "D", color=colour, mec="black", mew=0.6, ms=6)
 
 
 def draw_pruning(
@@ -204,7 +268,7 @@ def draw_pruning(
     reported: float,
 ) -> Figure:
     """Error by ratio, judged presence, and time of a block by number of tokens, each with 95 % intervals."""
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.4))
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9))
     for name, by_ratio in errors.items():
         found = [mean(np.exp(values)) for values in by_ratio.values()]
         bars = np.array([[f.effect - f.low, f.high - f.effect] for f in found]).T
@@ -223,11 +287,12 @@ def draw_pruning(
     axes[0].set_ylabel("relative error of the velocity")
     axes[0].set_yscale("log")
     axes[0].legend()
-    for place, (name, values) in enumerate(presence.items()):
-        mean_point(axes[1], values, place, _colour(name))
-    axes[1].set_yticks(range(len(presence)), list(presence))
+    _arm_rows(axes[1], presence)
+    axes[1].set_yticks(
+        range(len(presence)), [name.replace(" alone", "\nalone") for name in presence]
+    )
     axes[1].invert_yaxis()
-    axes[1].set_xlabel("log-odds of the less certain object")
+    axes[1].set_xlabel("less certain object, log-odds within ±6 (judge)")
     styles = {
         "pruned": COLOURS[0],
         "selection alone": COLOURS[1],
@@ -249,8 +314,9 @@ def draw_pruning(
     axes[2].set_xscale("log", base=2)
     axes[2].set_xticks(list(times), [f"{tokens:,}" for tokens in times])
     axes[2].set_xlabel("tokens")
-    axes[2].set_ylabel("time / full attention")
-    axes[2].legend(fontsize=7)
+    axes[2].set_ylabel("time of a block / that of full attention")
+    axes[2].set_ylim(bottom=0)
+    axes[2].legend(loc="upper center", bbox_to_anchor=(0.45, -0.17), ncols=2)
     return figure
 
 
@@ -278,4 +344,5 @@ def draw_kept(pictures: Tensor, selections: Mapping[str, Selection], shuffle: in
             if number == 0:
                 axis.set_title(name, fontsize=8)
     axes[0, 0].set_title("picture", fontsize=8)
+    figure.supxlabel("bright: base tokens; grey: other kept ones; dark: pruned", fontsize=8)
     return figure
