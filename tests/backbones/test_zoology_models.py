@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from reattend.backbones.trained import zoology as build
-from reattend.backbones.trained.zoology import SETTINGS, Passages, accuracy, untrained
-from reattend.data.mqar import RecallTask
+from reattend.backbones.trained.zoology import SETTINGS, Passages, Together, accuracy, untrained
+from reattend.data.mqar import RecallTask, recall_batch
 from reattend.data.word_tokens import Vocabulary, token_stream
-from reattend.trunks.language import Trunk, parameter_count
+from reattend.training.loop import TrainingPlan, train
+from reattend.trunks.language import Trunk, labelled_loss, parameter_count
 
 SENTENCE = "in the beginning was the word and the word was here . "
 
@@ -35,6 +37,81 @@ def test_cells_are_a_grid_and_the_look_ups_of_the_last_task():
     cells = SETTINGS["cpu"].cells()
     assert len(set(cells)) == len(cells) == 2 * 2 * 2 + 4
     assert ("learned", 1, 32) in cells
+
+
+@pytest.mark.parametrize("profile", SETTINGS)
+def test_arms_that_are_compared_share_seeds_from_the_first_on(profile):
+    setting = SETTINGS[profile]
+    seeds = {cell: setting.seeds_of(cell) for cell in setting.cells()}
+    for cell, found in seeds.items():
+        assert found.start == build.FIRST_SEED
+        assert len(found) >= setting.seeds
+        if cell[0] != "baseconv":
+            assert len(found) == setting.seeds
+    assert [len(seeds["baseconv", 0, width]) for width in setting.widths] == [
+        *setting.convolution_seeds
+    ]
+
+
+def convolutions_and_rows(task, seeds=3):
+    """Models of BaseConv with different weights, and for each of them an endless stream of its own rows."""
+
+    def rows(seed):
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield recall_batch(task, 6, generator)
+
+    models = [untrained("baseconv", task.vocabulary, 8, task.length, seed) for seed in range(seeds)]
+    return [model.double() for model in models], list(map(rows, range(seeds)))
+
+
+@pytest.mark.parametrize("bound", [0.3, 1e6])
+def test_together_each_model_has_the_loss_and_the_gradient_it_has_alone(bound):
+    task = RecallTask(16, 20, 3)
+    models, streams = convolutions_and_rows(task)
+    batches = [next(stream) for stream in streams]
+    losses, norms = [], []
+    for model, batch in zip(models, batches, strict=True):
+        losses.append(labelled_loss(model, *batch))
+        losses[-1].backward()
+        norms.append(clip_grad_norm_(model.parameters(), bound).item())
+    together = Together(models, bound)
+    loss = together.loss(*(torch.stack(parts) for parts in zip(*batches, strict=True)))
+    torch.testing.assert_close(loss, sum(losses))
+    loss.backward()
+    assert all(0.3 < norm < 1e6 for norm in norms)
+    assert len(together.names) == len(list(models[0].parameters()))
+    for name, weights in zip(together.names, together.weights, strict=True):
+        alone = [model.get_parameter(name.removeprefix("trunk.")).grad for model in models]
+        torch.testing.assert_close(weights.grad, torch.stack(alone))
+
+
+@pytest.fixture
+def double_precision():
+    """Adam's first steps make a gradient's rounding as large as a step."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_together_models_train_as_they_do_alone():
+    task = RecallTask(16, 20, 3)
+    setting = replace(
+        SETTINGS["smoke"], vocabulary=16, tasks=((20, 3),), widths=(8,), steps=6, batch=6
+    )
+    seeds, cell = range(3, 6), ("baseconv", 0, 8)
+    found = build._convolutions(setting, cell, seeds, "cpu")
+    for seed, trained in zip(seeds, found, strict=True):
+        alone = untrained("baseconv", 16, 8, 20, seed)
+        start = alone.tokens.weight.clone()
+        rows = build._rows(task, setting, seed)
+        plan = TrainingPlan(6, setting.rate, warmup=3, fused=True)
+        train(alone, rows, lambda m, b: labelled_loss(m, *b), plan)
+        assert not trained.training
+        assert (start - alone.tokens.weight).abs().max() > 0.01
+        for name, weight in alone.state_dict().items():
+            torch.testing.assert_close(trained.state_dict()[name], weight, atol=1e-6, rtol=1e-6)
 
 
 def test_batches_are_text_and_recall_over_its_symbols():
@@ -74,7 +151,7 @@ def test_unknown_mixers_are_refused():
 
 
 def test_training_and_reading_back(tmp_path, monkeypatch):
-    small = replace(SETTINGS["smoke"], seeds=1, widths=(8,))
+    small = replace(SETTINGS["smoke"], seeds=1, widths=(8,), convolution_seeds=(5,))
     small = replace(small, text=replace(small.text, seeds=1))
     monkeypatch.setitem(SETTINGS, "smoke", small)
     monkeypatch.setattr(build, "passages", lambda profile: made_up_passages(small.text))
@@ -87,7 +164,10 @@ def test_training_and_reading_back(tmp_path, monkeypatch):
     assert list(text) == list(small.text.models)
     for path in (tmp_path / "first").iterdir():
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
-    fresh = untrained("attention", small.vocabulary, 8, 16, 0)
-    trained = recall["attention", 0, 8][0]
-    assert not torch.equal(fresh.tokens.weight, trained.tokens.weight)
-    assert not trained.training
+    assert [len(recall[mixer, 0, 8]) for mixer in ("attention", "baseconv")] == [1, 5]
+    for mixer in ("attention", "baseconv"):
+        for seed, trained in enumerate(recall[mixer, 0, 8], build.FIRST_SEED):
+            fresh = untrained(mixer, small.vocabulary, 8, 16, seed)
+            moved = (fresh.tokens.weight - trained.tokens.weight).abs().max()
+            assert 0 < moved < 0.05  # trained from this seed's start, and no other's
+            assert not trained.training

@@ -1,22 +1,25 @@
 """Small models of Zoology: attention, gated convolutions and hybrids, on recall tasks and on real text.
 
 Recall models learn multi-query recall of two lengths at two widths, and hybrids with a look-up layer learn
-the longer task. Text models read passages in which each verse comes in two wordings, with rare words as
-symbols; half of the rows of a batch are recall rows over the same symbols, because otherwise no model of
-this size recalls anything on text. All have several seeds.
+the longer task. Convolutions have more seeds than the rest, and several are trained at a time. Text models
+read passages in which each verse comes in two wordings, with rare words as symbols; half of the rows of a
+batch are recall rows over the same symbols, because otherwise no model of this size recalls anything on text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn import functional as F
 
 from reattend.backbones.store import backbone_path
 from reattend.data.bible import twice_told
@@ -46,6 +49,8 @@ POOLS = (4, 8, 16, 24)  # different keys in a recall row among the text
 HELD_OUT = 0.1
 FEED_FORWARD = 2
 WARMUP = 20
+FIRST_SEED = 4  # of the recall models: an earlier run asked the ones before
+TOGETHER = 4  # convolutions trained at once
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,10 @@ class TextSetting:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained in one profile; `tasks` are (length, pairs), the last is that of the look-ups."""
+    """What is trained in one profile; `tasks` are (length, pairs), the last is that of the look-ups.
+
+    `seeds` are those of attention and of the look-ups, `convolution_seeds` of BaseConv, for each width.
+    """
 
     vocabulary: int
     tasks: tuple[tuple[int, int], ...]
@@ -79,6 +87,7 @@ class Setting:
     batch: int
     rate: float
     seeds: int
+    convolution_seeds: tuple[int, ...]
     text: TextSetting
 
     def task(self, number: int) -> RecallTask:
@@ -99,6 +108,12 @@ class Setting:
         ]
         return list(dict.fromkeys(grid + look_ups))
 
+    def seeds_of(self, cell: tuple[str, int, int]) -> range:
+        """The seeds of one of `cells`; of two cells, all those of one are the first of the other."""
+        mixer, _, width = cell
+        more = self.convolution_seeds[self.widths.index(width)]
+        return range(FIRST_SEED, FIRST_SEED + (more if mixer == "baseconv" else self.seeds))
+
 
 SMOKE_TEXT = TextSetting(
     64, 80, 48, 2, 2, {"Attention": ("attention", 8), "BaseConv": ("baseconv", 8), "BaseConv, large": ("baseconv", 24)},
@@ -115,9 +130,9 @@ GPU_TEXT = TextSetting(
     3000, 3e-3, 6, 300,
 )  # fmt: skip
 SETTINGS = {
-    "smoke": Setting(64, ((16, 2), (32, 4)), (8, 16), 8, 4, 8, 6e-3, 3, SMOKE_TEXT),
-    "cpu": Setting(32, ((16, 2), (32, 4)), (32, 96), 32, 1000, 32, 6e-3, 4, CPU_TEXT),
-    "gpu": Setting(64, ((32, 4), (64, 8)), (64, 256), 64, 4000, 64, 3e-3, 6, GPU_TEXT),
+    "smoke": Setting(64, ((16, 2), (32, 4)), (8, 16), 8, 4, 8, 6e-3, 3, (5, 3), SMOKE_TEXT),
+    "cpu": Setting(32, ((16, 2), (32, 4)), (32, 96), 32, 1000, 32, 6e-3, 4, (14, 9), CPU_TEXT),
+    "gpu": Setting(64, ((32, 4), (64, 8)), (64, 256), 64, 4000, 64, 3e-3, 6, (14, 9), GPU_TEXT),
 }
 
 
@@ -217,23 +232,144 @@ def accuracy(model: Trunk, task: RecallTask, rows: int, seed: int) -> float:
     return 100 * recall_accuracy(answers, labels).mean().item()
 
 
-def _recall_model(setting: Setting, cell: tuple[str, int, int], seed: int, device: str) -> Trunk:
-    """One model of `Setting.cells`; training stops when 99.5 % of 200 rows are solved."""
+class Answers(nn.Module):
+    """A trunk's scores at given places alone: its last feed-forward part and its head run nowhere else."""
+
+    def __init__(self, trunk: Trunk):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(
+        self, tokens: Int[Tensor, "batch length"], places: Int[Tensor, " asked"]
+    ) -> Float[Tensor, "asked vocabulary"]:
+        """`places` are numbered through all rows."""
+        x = self.trunk.embed(tokens)
+        *first, last = self.trunk.blocks
+        for block in first:
+            x = block(x)
+        x = (x + last.mixer(last.mixer_norm(x))).flatten(0, 1)[None, places]
+        x = x + last.feed_forward(last.feed_forward_norm(x))
+        return self.trunk.logits(self.trunk.norm(x))[0]
+
+
+class ClippedApart(torch.autograd.Function):
+    """The identity on tensors of several models [models, ...]; clips the gradient of each model by itself.
+
+    With the norm |g_m| over all tensors of model m its gradients become g_m min(1, bound / |g_m|).
+    """
+
+    @staticmethod
+    def forward(ctx, bound: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.bound = bound
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+        share = (ctx.bound / (norms + 1e-6)).clamp(max=1)
+        return None, *(g * share.view(-1, *[1] * (g.dim() - 1)) for g in gradients)
+
+
+class Together(nn.Module):
+    """Models of one shape as one module, each trained as it would be alone: overheads are paid once."""
+
+    def __init__(self, models: Sequence[Trunk], clip: float):
+        super().__init__()
+        self.models, self.clip = tuple(models), clip  # no ModuleList: the copies are trained
+        stacked, self.fixed = stack_module_state([Answers(model) for model in models])
+        self.names, self.weights = tuple(stacked), nn.ParameterList(stacked.values())
+
+    def forward(
+        self, tokens: Int[Tensor, "models batch length"], places: Int[Tensor, "models asked"]
+    ) -> Float[Tensor, "models asked vocabulary"]:
+        """Each model's answers to its own rows."""
+        weights = dict(zip(self.names, ClippedApart.apply(self.clip, *self.weights), strict=True))
+        one = Answers(self.models[0])
+
+        def answers(weights: dict, fixed: dict, tokens: Tensor, places: Tensor) -> Tensor:
+            # The tied head is the embedding itself: tied once more, it would not get its own weight back.
+            return functional_call(one, (weights, fixed), (tokens, places), tie_weights=False)
+
+        return vmap(answers)(weights, self.fixed, tokens, places)
+
+    def loss(
+        self,
+        tokens: Int[Tensor, "models batch length"],
+        labels: Int[Tensor, "models batch length"],
+    ) -> Float[Tensor, ""]:
+        """Sum over models of their mean cross-entropy; each must have equally many labels."""
+        labels = labels.flatten(1)
+        places = (labels != -100).nonzero()[:, 1].view(len(labels), -1)
+        answers, right = self(tokens, places), labels.gather(1, places)
+        return F.cross_entropy(answers.flatten(0, 1), right.flatten()) * len(labels)
+
+    def hand_back(self) -> tuple[Trunk, ...]:
+        """The models with the weights of now, in evaluation mode."""
+        with torch.no_grad():
+            for name, weights in zip(self.names, self.weights, strict=True):
+                for model, own in zip(self.models, weights, strict=True):
+                    Answers(model).get_parameter(name).copy_(own)
+        return tuple(model.eval() for model in self.models)
+
+
+def _plan(setting: Setting) -> TrainingPlan:
+    """How all recall models are trained."""
+    warmup = min(WARMUP, setting.steps // 2)
+    return TrainingPlan(setting.steps, setting.rate, warmup=warmup, fused=True)
+
+
+def _rows(task: RecallTask, setting: Setting, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of one seed: tokens and labels."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    while True:
+        yield recall_batch(task, setting.batch, generator)
+
+
+def _fresh(setting: Setting, cell: tuple[str, int, int], seed: int) -> Trunk:
+    """A recall model with random weights."""
     mixer, number, width = cell
     task = setting.task(number)
-    model = untrained(mixer, task.vocabulary, width, task.length, seed).to(device)
+    return untrained(mixer, task.vocabulary, width, task.length, seed)
 
-    def batches() -> Iterator[tuple[Tensor, ...]]:
-        generator = torch.Generator().manual_seed(1000 + seed)
-        while True:
-            yield tuple(part.to(device) for part in recall_batch(task, setting.batch, generator))
+
+def _solver(setting: Setting, cell: tuple[str, int, int], seed: int, device: str) -> Trunk:
+    """One model of `Setting.cells`; training stops when 99.5 % of 200 rows are solved."""
+    task, model = setting.task(cell[1]), _fresh(setting, cell, seed).to(device)
+    batches = (tuple(part.to(device) for part in batch) for batch in _rows(task, setting, seed))
 
     def solved(trained: nn.Module) -> bool:
         return accuracy(trained, task, 200, seed=10) >= 99.5
 
-    plan = TrainingPlan(setting.steps, setting.rate, warmup=min(WARMUP, setting.steps // 2))
-    train(model, batches(), lambda m, b: labelled_loss(m, *b), plan, stop=solved)
+    train(model, batches, lambda m, b: labelled_loss(m, *b), _plan(setting), stop=solved)
     return model
+
+
+def _convolutions(
+    setting: Setting, cell: tuple[str, int, int], seeds: Sequence[int], device: str
+) -> Sequence[Trunk]:
+    """Models of one cell of BaseConv, for some seeds; they use all steps."""
+    plan, task = _plan(setting), setting.task(cell[1])
+    models = [_fresh(setting, cell, seed).to(device) for seed in seeds]
+    together = Together(models, plan.clip)
+    batches = (
+        tuple(torch.stack(parts).to(device) for parts in zip(*batch, strict=True))
+        for batch in zip(*(_rows(task, setting, seed) for seed in seeds), strict=True)
+    )
+    train(together, batches, lambda m, b: m.loss(*b), replace(plan, clip=math.inf))
+    return together.hand_back()
+
+
+def _recall_models(
+    setting: Setting, cell: tuple[str, int, int], device: str
+) -> Iterator[tuple[int, Trunk]]:
+    """All seeds of a cell and their trained models."""
+    seeds = setting.seeds_of(cell)
+    if cell[0] != "baseconv":
+        yield from ((seed, _solver(setting, cell, seed, device)) for seed in seeds)
+        return
+    for start in range(0, len(seeds), TOGETHER):
+        some = seeds[start : start + TOGETHER]
+        yield from zip(some, _convolutions(setting, cell, some, device), strict=True)
 
 
 def _text_model(profile: str, name: str, seed: int, device: str) -> Trunk:
@@ -267,8 +403,7 @@ def build(target: Path, profile: str) -> None:
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
     for cell in setting.cells():
         found = []
-        for seed in range(setting.seeds):
-            model = _recall_model(setting, cell, seed, device)
+        for seed, model in _recall_models(setting, cell, device):
             save_model(model, target / _file(cell, seed))
             found.append(accuracy(model, setting.task(cell[1]), 200, seed=10))
         print(f"{cell}: {', '.join(f'{score:.1f}' for score in found)} %", flush=True)
@@ -291,17 +426,10 @@ def load(
         load_model(model, directory / _file(label, seed))
         return model.to(device).eval()
 
-    recall = {}
-    for mixer, number, width in setting.cells():
-        task = setting.task(number)
-        recall[mixer, number, width] = [
-            read(
-                untrained(mixer, task.vocabulary, width, task.length, seed),
-                (mixer, number, width),
-                seed,
-            )
-            for seed in range(setting.seeds)
-        ]
+    recall = {
+        cell: [read(_fresh(setting, cell, seed), cell, seed) for seed in setting.seeds_of(cell)]
+        for cell in setting.cells()
+    }
     text = {
         name: [
             read(untrained_text(setting.text, name, seed), name, seed)
