@@ -7,6 +7,7 @@ import torch
 from sklearn.metrics import f1_score
 
 from reattend.attention.statistics import entropy
+from reattend.studies import perturbed_attention
 from reattend.studies.perturbed_attention import (
     SIDES,
     Task,
@@ -26,6 +27,7 @@ from reattend.text_matching.attention_iat import (
     log_odds,
     nearest_words,
 )
+from reattend.training.loop import train
 
 SIZES = dict(zip(SIDES, (40, 20, 30), strict=True))
 
@@ -89,6 +91,27 @@ def test_a_training_is_done_once_and_depends_on_its_seed():
     assert not torch.equal(
         runs.run("toy", replace(at, size=0.1), 1).model.score.weight, one.model.score.weight
     )
+
+
+def test_asked_once_a_run_keeps_its_last_state(monkeypatch):
+    """By hand: the state after every step, of which three checks score every fourth, one the twelfth."""
+    states = []
+
+    def watched(*arguments, **options):
+        def note(step):
+            states.append(arguments[0].score.weight.detach().clone())
+
+        return train(*arguments, after_step=note, **options)
+
+    monkeypatch.setattr(perturbed_attention, "train", watched)
+    runs = trainer(toy=made(seed=1))
+    runs.rates["toy"] = 0.1  # fast enough for this seed to be best before its end
+    at = Technique("scores", "adversarial", size=2.0)
+    kept, last = (runs.run("toy", at, 1, checks=checks) for checks in (3, 1))
+    torch.testing.assert_close(states[:12], states[12:], rtol=0, atol=0)
+    assert torch.equal(last.model.score.weight, states[11])
+    assert next(k for k in range(12) if torch.equal(kept.model.score.weight, states[k])) in (3, 7)
+    assert kept.validation > last.validation
 
 
 def test_it_learns_what_a_linear_model_learns():

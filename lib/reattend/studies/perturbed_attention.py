@@ -162,7 +162,8 @@ class Trainer:
     """Trains one technique on one task with one seed; the same training is done once.
 
     A seed fixes initial weights, the order of the batches and random perturbations, so that techniques
-    are paired by seed. The state with the best validation score, asked three times, is kept.
+    are paired by seed. The state with the best validation score, asked `checks` times at equal
+    distances, is kept; asked once, that is the last state.
 
     Attributes:
         tasks: by name.
@@ -178,17 +179,19 @@ class Trainer:
     rates: dict[str, float] = field(default_factory=dict)
     _done: dict[tuple, Run] = field(default_factory=dict)
 
-    def run(self, name: str, technique: Technique, seed: int, rate: float | None = None) -> Run:
+    def run(
+        self, name: str, technique: Technique, seed: int, rate: float | None = None, checks: int = 3
+    ) -> Run:
         """The trained model; `rate` is that of the task unless given."""
         rate = self.rates[name] if rate is None else rate
         if technique.place == "nothing":
             technique = Technique()  # whatever its size
-        key = (name, technique, seed, rate)
+        key = (name, technique, seed, rate, checks)
         if key not in self._done:
-            self._done[key] = self._train(name, technique, seed, rate)
+            self._done[key] = self._train(*key)
         return self._done[key]
 
-    def _train(self, name: str, technique: Technique, seed: int, rate: float) -> Run:
+    def _train(self, name: str, technique: Technique, seed: int, rate: float, checks: int) -> Run:
         task = self.tasks[name]
         torch.manual_seed(seed)
         model = AttentionClassifier(
@@ -203,7 +206,7 @@ class Trainer:
             lambda model, batch: training_loss(model, batch, technique, weights, noise),
             TrainingPlan(self.steps, rate, weight_decay=1e-5, clip=float("inf")),
             stop=best,
-            check_every=self.steps // 3,
+            check_every=self.steps // checks,
         )
         best.restore(model)
         answers = self._answers(model, task.sides["test"])
