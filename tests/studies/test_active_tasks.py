@@ -12,12 +12,14 @@ from reattend.studies.active_tasks import (
     INSTANCES,
     RELEVANCE,
     Costs,
+    PictureSetting,
     PictureTasks,
     SyntheticSetting,
     SyntheticTasks,
     gains_table,
     wins,
 )
+from reattend.studies.active_tasks_figures import draw_targets
 from reattend.theory.a_mtrl import CORRUPTIONS, block_heads, bound_constants
 
 TOTALS = (1800, 3600)
@@ -153,6 +155,27 @@ def test_gains_count_ties_as_half_and_stand_above_the_papers():
     )
     table = gains_table({"ours": ours, "other": other}, "ours", reported).set_index("method")
     assert table["error (%)"].tolist()[:2] == [20, 25]
-    assert table.loc["other"].tolist() == pytest.approx([25, 20, 30, 62.5, 20])
-    assert table.loc["ours"].isna().tolist() == [False] * 3 + [True] * 2
-    assert table.loc["reported: L1 over passive"].tolist()[3:] == [80, 7.5]
+    assert table.loc["other"].tolist() == pytest.approx([2, 25, 20, 30, 62.5, 20])
+    assert table.loc["ours"].isna().tolist() == [False] * 4 + [True] * 2
+    assert table.loc["reported: L1 over passive"].tolist()[4:] == [80, 7.5]
+
+
+def test_a_method_of_fewer_draws_is_compared_on_those():
+    ours, first = np.array([[10.0, 20.0], [90.0, 90.0]]), np.array([[20.0, 40.0]])
+    reported = pd.DataFrame(columns=["comparison", "targets_won", "error_saved"])
+    table = gains_table({"ours": ours, "other": first}, "ours", reported).set_index("method")
+    assert table.loc["other"].tolist() == pytest.approx([1, 30, 30, 30, 100, 50])
+    figure = draw_targets({"ours": ours, "other": first}, "ours", ("other",), ("a", "b"))
+    assert figure.axes[0].get_title().endswith("better in 100 %")
+
+
+def test_methods_left_out_change_nothing_for_the_others():
+    """A draw without L2-A-MTRL and the informed diagnosis gives the same errors and relevance."""
+    made = PictureTasks(PictureSetting(2000, 200, 6, 2, 6, 8, 10, 40, 1))
+    made.draw_orders(np.random.default_rng(0))
+    errors, relevance = made.run(1)
+    fewer, found = made.run(1, compared=False)
+    assert set(errors) - set(fewer) == {"L2-A-MTRL", "L1, informed"}
+    assert {method: errors[method] for method in fewer} == fewer
+    assert set(found) == {"L1-A-MTRL"}
+    torch.testing.assert_close(found["L1-A-MTRL"], relevance["L1-A-MTRL"], rtol=0, atol=0)

@@ -145,6 +145,18 @@ def test_lasso_estimate_is_the_sparsest_on_the_path_within_the_error(seed):
     assert first > 0
     assert residuals[first - 1] > allowed
     assert (penalties[1:] < penalties[:-1]).all()
+    nothing_suffices = l1_relevance(heads, target, torch.tensor(0.0, dtype=torch.float64))
+    torch.testing.assert_close(nothing_suffices, solutions[-1])
+
+
+def test_lasso_estimates_of_a_batch_keep_their_own_penalties():
+    """A run that has its penalty keeps it while the path goes on for the others."""
+    heads, target = problem(0, 4, 40)
+    allowed = torch.tensor([2.0, 0.3, 0.05], dtype=torch.float64) * target.norm() / 2.5
+    together = l1_relevance(heads.expand(3, -1, -1), target.expand(3, -1), allowed)
+    for found, size in zip(together, allowed, strict=True):
+        torch.testing.assert_close(found, l1_relevance(heads, target, size), atol=1e-5, rtol=0)
+    assert not torch.allclose(together[0], together[2])
 
 
 def test_relevance_is_free_of_the_choice_of_basis():
@@ -365,6 +377,19 @@ def test_learned_representation_is_stationary_for_the_summed_loss(seed):
     loss = summed_loss(basis, found, tasks)
     for gradient in torch.autograd.grad(loss, (basis, found)):
         assert gradient.abs().max() < 1e-6 * loss
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_basis_solves_the_normal_equations_written_out(seed):
+    """span(B) is that of the minimiser of ||y - (w_m kron x)^T vec B||^2 over all rows of all tasks."""
+    heads, _ = problem(seed, 3, 5)
+    tasks, data = sampled(seed, orthonormal(seed, 6, 3), heads, [9, 30, 77, 12, 200], 0.3)
+    rows = torch.cat([torch.kron(heads[:, m], x) for m, (x, _) in enumerate(tasks)])
+    labels = torch.cat([y for _, y in tasks])
+    direct = torch.linalg.lstsq(rows, labels[:, None]).solution.reshape(3, 6).T
+    direct = torch.linalg.qr(direct)[0]
+    found = fit_basis(heads, data)
+    torch.testing.assert_close(found @ found.T, direct @ direct.T)
 
 
 def test_steps_never_raise_the_loss():

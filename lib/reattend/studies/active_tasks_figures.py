@@ -150,20 +150,22 @@ def draw_targets(
     """Error of one method against those of others, target by target.
 
     Args:
-        errors: method -> [draws, targets]; draws are drawn pale, their means dark.
+        errors: method -> [draws, targets]; draws are drawn pale, their means dark. A method with fewer
+            draws has the first ones, and is compared on them.
         groups: names of equally many neighbouring targets, drawn in one colour each.
     """
     fig, (axes,) = plt.subplots(1, len(others), figsize=(9.5, 4.6), squeeze=False)
     each = errors[ours].shape[1] // len(groups)
     end = 1.02 * max(errors[m].max() for m in (ours, *others))
     for axis, other in zip(axes, others, strict=True):
+        same = errors[ours][: len(errors[other])]
         for place, group in enumerate(groups):
             part = slice(place * each, (place + 1) * each)
-            x, y = errors[other][:, part], errors[ours][:, part]
+            x, y = errors[other][:, part], same[:, part]
             axis.plot(x.ravel(), y.ravel(), ".", color=COLOURS[place], alpha=0.2, ms=4)
             axis.plot(x.mean(0), y.mean(0), "o", color=COLOURS[place], ms=5, label=group)
         axis.plot([0, end], [0, end], color=BASELINE, linewidth=1)
-        share = 50 * (1 + np.sign(errors[other] - errors[ours])).mean()
+        share = 50 * (1 + np.sign(errors[other] - same)).mean()
         axis.set(xlabel=f"error of {other} (%)", ylabel=f"error of {ours} (%)")
         axis.set(xlim=(0, end), ylim=(0, end), aspect="equal")
         axis.set_title(f"{ours} better in {share:.0f} %")

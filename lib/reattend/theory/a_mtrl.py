@@ -12,7 +12,7 @@ or "runs". Heads are columns: `heads[..., :, m]` belongs to source m.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -94,25 +94,32 @@ def lasso(
     return nu
 
 
-def lasso_path(
+def lasso_steps(
     heads: Float[Tensor, "*runs k sources"],
     target: Float[Tensor, "*runs k"],
     steps: int = 25,
     smallest: float = 1e-3,
-) -> tuple[Float[Tensor, "*runs steps"], Float[Tensor, "*runs steps sources"]]:
-    """Penalties falling geometrically from just below ||W^T w||_inf, where nu = 0, and solutions.
+) -> Iterator[tuple[Float[Tensor, "*runs"], Float[Tensor, "*runs sources"]]]:
+    """Penalties falling geometrically from just below ||W^T w||_inf, where nu = 0, each with its solution.
+
+    Each solution starts at the one before.
 
     Args:
         smallest: last penalty, as a share of ||W^T w||_inf.
     """
     largest = (heads.mT @ target[..., None]).abs().amax((-2, -1))
-    shares = torch.logspace(np.log10(0.99), np.log10(smallest), steps).to(heads)
-    penalties = largest[..., None] * shares
-    solutions, nu = [], None
-    for i in range(steps):
-        nu = lasso(heads, target, penalties[..., i], start=nu, iterations=400, tolerance=1e-6)
-        solutions.append(nu)
-    return penalties, torch.stack(solutions, dim=-2)
+    nu = None
+    for share in torch.logspace(np.log10(0.99), np.log10(smallest), steps).to(heads):
+        nu = lasso(heads, target, largest * share, start=nu, iterations=400, tolerance=1e-6)
+        yield largest * share, nu
+
+
+def lasso_path(
+    heads: Float[Tensor, "*runs k sources"], target: Float[Tensor, "*runs k"]
+) -> tuple[Float[Tensor, "*runs steps"], Float[Tensor, "*runs steps sources"]]:
+    """All penalties and solutions of `lasso_steps`."""
+    penalties, solutions = zip(*lasso_steps(heads, target), strict=True)
+    return torch.stack(penalties, dim=-1), torch.stack(solutions, dim=-2)
 
 
 def l1_relevance(
@@ -124,13 +131,15 @@ def l1_relevance(
 
     `allowed` is the size of the error of the estimated target head (`head_error`): explaining the
     head any better means explaining noise. Where even the smallest penalty leaves more, that one
-    is taken.
+    is taken. The path ends where every run has its penalty.
     """
-    _, solutions = lasso_path(heads, target)
-    residual = (solutions @ heads.mT - target[..., None, :]).norm(dim=-1)
-    short = residual > allowed[..., None]
-    chosen = short.sum(-1).clamp(max=solutions.shape[-2] - 1)  # residuals fall along the path
-    return torch.take_along_dim(solutions, chosen[..., None, None], dim=-2).squeeze(-2)
+    chosen, within = None, torch.zeros_like(allowed, dtype=torch.bool)
+    for _, nu in lasso_steps(heads, target):
+        chosen = nu if chosen is None else torch.where(within[..., None], chosen, nu)
+        within = ((heads @ chosen[..., None]).squeeze(-1) - target).norm(dim=-1) <= allowed
+        if within.all():
+            break
+    return chosen
 
 
 # --- allocation: how many samples each source gives ------------------------------------------------
@@ -327,20 +336,22 @@ def fit_basis(
 ) -> Float[Tensor, "*runs d k"]:
     """The B that minimises sum_m ||y_m - X_m B w_m||^2 for given heads, orthonormalised.
 
-    Normal equations sum_m (G_m kron w_m w_m^T) vec(B) = vec(sum_m c_m w_m^T). Sums run over samples,
+    Normal equations sum_m (w_m w_m^T kron G_m) vec(B) = vec(sum_m c_m w_m^T), vec by columns. Sums run over samples,
     so a task weighs as much as it has samples.
     """
     d, k = data.gram.shape[-1], heads.shape[-2]
-    outer = heads.mT[..., :, None] * heads.mT[..., None, :]
-    mixed = data.gram.flatten(-2).mT @ outer.flatten(-2)  # [d d, k k]
-    normal = mixed.unflatten(-2, (d, d)).unflatten(-1, (k, k)).transpose(-3, -2)
+    # Blocks [d, d] of the lower triangle, one for every pair of directions: the factor reads no others.
+    row, column = torch.tril_indices(k, k, device=heads.device)
+    blocks = (heads[..., row, :] * heads[..., column, :]) @ data.gram.flatten(-2)
+    normal = blocks.new_zeros((*blocks.shape[:-2], k, d, k, d))
+    normal[..., row, :, column, :] = blocks.unflatten(-1, (d, d)).movedim(-3, 0)
     normal = normal.flatten(-4, -3).flatten(-2, -1)
-    right = (data.moment.mT @ heads.mT).flatten(-2)
+    right = (heads @ data.moment).flatten(-2)
     # A hair of ridge: a direction that no source uses would make the system singular.
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     diagonal += 1e-12 * diagonal.mean(-1, keepdim=True)
     solved = torch.cholesky_solve(right[..., None], torch.linalg.cholesky(normal))
-    return torch.linalg.qr(solved.squeeze(-1).unflatten(-1, (d, k)))[0]
+    return torch.linalg.qr(solved.squeeze(-1).unflatten(-1, (k, d)).mT)[0]
 
 
 def fit_representation(
