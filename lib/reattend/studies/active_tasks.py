@@ -367,7 +367,9 @@ class PictureTasks:
         train = clothes.indices("train")[: s.pictures]
         test = clothes.indices("test")[: s.test_pictures]
 
-        def reduced(part: Int[Tensor, " items"], seed: int) -> Float[Tensor, "corruptions items 196"]:
+        def reduced(
+            part: Int[Tensor, " items"], seed: int
+        ) -> Float[Tensor, "corruptions items 196"]:
             grey = clothes.pixels[part, 0].float() / 255
             generator = torch.Generator().manual_seed(seed)
             kinds = [corrupt(grey, kind, generator)[:, None] for kind in CORRUPTIONS]
