@@ -56,6 +56,8 @@ def test_points_of_times_come_from_run_json(tmp_path):
 
 def test_counts_are_of_papers_that_are_done(tmp_path):
     found = list(papers(toy.make(tmp_path)).values())
-    assert count_line(found) == ("1 of 2 papers are done: 3 claims, 2 reproduced, 1 out of reach.")
+    assert count_line(found) == (
+        "1 of 2 papers have results: 3 claims, 2 reproduced, 1 out of reach."
+    )
     assert "1 inconclusive" in count_line(found, "cpu")
-    assert count_line(found[1:]) == "0 of 1 papers are done."
+    assert count_line(found[1:]) == "0 of 1 papers have results."

@@ -160,7 +160,7 @@ def read_papers(root: Path, records: Mapping[str, Record]) -> list[Paper]:
 
 
 def count_line(papers: list[Paper], profile: str | None = None) -> str:
-    """How many papers are done and how their claims ended, in one line.
+    """How many papers have results and how their claims ended, in one line.
 
     Without `profile`, by the best evidence.
     """
@@ -168,7 +168,7 @@ def count_line(papers: list[Paper], profile: str | None = None) -> str:
     done = [verdicts for verdicts in ended if NOT_RUN not in verdicts]
     counts = Counter(verdict for verdicts in done for verdict in verdicts)
     claims = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    line = f"{len(done)} of {len(papers)} papers are done"
+    line = f"{len(done)} of {len(papers)} papers have results"
     return f"{line}: {counts.total()} claims, {claims}." if done else f"{line}."
 
 

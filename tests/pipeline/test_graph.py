@@ -75,7 +75,7 @@ def test_editing_a_notebook_reruns_its_paper_and_a_failure_stops_no_other(checko
     assert done.returncode == 1
     assert re.search(r"failed: toy_a: .*toy_a.ipynb, cell 6 .*ZeroDivisionError", done.stdout)
     assert "toy_b: done" in done.stdout
-    assert "of 2 papers are done" in done.stdout
+    assert "of 2 papers have results" in done.stdout
     assert "3 measurements differ" in done.stdout  # what differs from the committed results
     kept = json.loads((checkout.results("toy_a", "smoke") / "results.json").read_text())
     assert kept["measurements"][0]["value"] < 1.9  # the earlier results

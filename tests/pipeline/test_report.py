@@ -20,7 +20,7 @@ def shown(root, slug):
 
 def test_report_writes_between_the_markers_alone(tmp_path):
     text = (toy.make(tmp_path) / "README.md").read_text()
-    assert text.startswith("# Toy\n\n<!-- scoreboard -->\n\n1 of 2 papers are done")
+    assert text.startswith("# Toy\n\n<!-- scoreboard -->\n\n1 of 2 papers have results")
     assert text.endswith("<!-- /scoreboard -->\n\nEnd.\n")
     assert "](figures/claims.svg)" in text
     assert "[judged](notebooks/long_context/judged.ipynb)" in text

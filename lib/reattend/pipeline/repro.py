@@ -330,7 +330,8 @@ def _summarise(
             if claim in before[slug] and before[slug][claim] != verdict:
                 print(f"{slug}: {claim}: {before[slug][claim]} -> {verdict}")
     if ended.left_out:
-        names = ", ".join(name.removeprefix(PAPER) for name in ended.left_out)
+        late = (name.removeprefix(PAPER) for name in ended.left_out if name.startswith(PAPER))
+        names = ", ".join(late)
         print(f"left out for lack of time: {names}; the same command goes on with them")
     elif not ended.outcomes:
         print(f"nothing to run: {len(records)} papers are up to date at profile {profile}")
