@@ -10,6 +10,7 @@ grid, since what a share of the mass costs differs between layers.
 
 import argparse
 import statistics
+import time
 
 import torch
 
@@ -152,8 +153,9 @@ def report(method: AttentionMethod, density: float, tensors: tuple, rounds: int)
             return [method.select(query, key, part) for part in method.blocks(query, key)]
         return method.block_mask(query, key, scale=scale)
 
-    ratios = paired_ratio(dense, sparse, rounds=rounds)
-    whole, selecting = paired_times(sparse, select, rounds=rounds)
+    settings = {"rounds": rounds, "clock": time.perf_counter}  # all threads are at work
+    ratios = paired_ratio(dense, sparse, **settings)
+    whole, selecting = paired_times(sparse, select, **settings)
     share = statistics.median(selecting / whole)
     return (
         f"density {density:.3f}  {statistics.median(ratios):.2f} x dense SDPA "

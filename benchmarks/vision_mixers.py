@@ -8,13 +8,14 @@ convolutional trunk is taken within its round. Accuracies belong to the papers' 
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch.nn import functional as F
 
-from reattend.timing import paired_times
+from reattend.timing import device_clock, paired_times
 from reattend.trunks.language import parameter_count
 from reattend.trunks.vision import (
     MixerFactory,
@@ -79,7 +80,8 @@ def main() -> None:
     if options.size % 64 or options.width % HEAD_DIM:
         parser.error(f"the side must be a multiple of 64, the width one of {HEAD_DIM}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    # Seconds of the day: on a CPU all threads are at work.
+    clock = device_clock(device) if device.type == "cuda" else time.perf_counter
     shape = (options.batch, 3, options.size, options.size)
     pixels = torch.randint(256, shape, dtype=torch.uint8, device=device)
 
@@ -102,7 +104,7 @@ def main() -> None:
                 work(baseline, pixels),
                 work(model, pixels),
                 rounds=options.rounds,
-                synchronise=synchronise,
+                clock=clock,
             )
             rate = options.batch / statistics.median(fast)
             cells.append(f"{kind} {rate:6.0f} ({statistics.median(slow / fast):.2f})")

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from reattend.studies.in_context_ranking import (
     held_out_likelihood,
     log_likelihood,
     random_prompt,
-    slopes,
     without_slots,
     words_of,
 )
@@ -114,9 +112,3 @@ def test_random_prompts_have_equal_blocks():
     ids, block = random_prompt(3, 4)
     assert ids.shape == (1, 20)
     assert block[0].bincount().tolist() == [4] * 5
-
-
-def test_slopes_are_exponents():
-    numbers = [8, 16, 64]
-    seconds = np.array([[3 * n**1.3 for n in numbers], [7.0 * n for n in numbers]])
-    assert slopes(numbers, seconds) == pytest.approx([1.3, 1.0])

@@ -147,12 +147,9 @@ def test_entropy_is_nothing_without_noise_and_one_with_much():
     assert selection_entropy(wild, x, 500) == pytest.approx(1, abs=0.01)
 
 
-def test_a_round_of_timing_holds_both_orders(monkeypatch):
-    """What the order of the two does to a turn is not in a round's ratio."""
-
+def test_times_are_relative_to_full_attention_in_the_same_round(monkeypatch):
     def turns(baseline, candidate, *, rounds):
-        slower_second = np.tile([0.05, -0.05], rounds // 2)
-        return np.full(rounds, 2.0) - slower_second, np.full(rounds, 1.6) + slower_second
+        return np.arange(1.0, rounds + 1), 0.8 * np.arange(1.0, rounds + 1)
 
     monkeypatch.setattr(study, "paired_times", turns)
     found = study.time_ratios(16, 8, 0.5, 5, 1)

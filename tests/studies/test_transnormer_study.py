@@ -1,49 +1,14 @@
 """Times, slopes and counts for TransNormerLLM."""
 
 import math
-import time
 
-import numpy as np
 import pytest
 import torch
 
 from reattend.language_modeling.transnormer import GatedLinearAttention, decay_slopes
-from reattend.studies.transnormer import (
-    bigram_nats,
-    device_clock,
-    interleaved_seconds,
-    log_slope,
-    operator_runs,
-    token_milliseconds,
-)
+from reattend.studies.transnormer import bigram_nats, operator_runs, token_milliseconds
 from reattend.trunks.language import Trunk
 from reattend.trunks.mixers import SoftmaxAttention
-
-
-def test_rounds_turn_round_and_times_are_each_runs_own():
-    now, order = [0.0], []
-
-    def run(name, seconds):
-        def go():
-            order.append(name)
-            now[0] += seconds
-
-        return go
-
-    runs = {"a": run("a", 1.0), "b": run("b", 3.0)}
-    found = interleaved_seconds(runs, 3, clock=lambda: now[0])
-    assert {name: list(x) for name, x in found.items()} == {"a": [1, 1, 1], "b": [3, 3, 3]}
-    assert order == [*"ab", *"ab", *"ba", *"ab"]
-
-
-def test_on_a_cpu_the_clock_counts_processor_time():
-    assert device_clock("cpu") is time.process_time
-
-
-def test_the_slope_is_the_power_of_the_length():
-    lengths = [512, 1024, 4096]
-    seconds = np.array([[2e-3 * n**p for p in (1, 2, 1.5)] for n in lengths])
-    assert log_slope(lengths, seconds) == pytest.approx([1, 2, 1.5])
 
 
 def test_linear_forms_agree_on_gradients():

@@ -28,7 +28,7 @@ from reattend.long_context.dhsa import (
     key_jumps,
     token_scores,
 )
-from reattend.timing import paired_ratio
+from reattend.timing import device_clock, paired_ratio
 
 
 class RandomTokens(DHSA):
@@ -291,8 +291,7 @@ def layer_times(
         "DHSA": DHSA(boundaries=predictor, **shared),
         "completed blocks": DHSA(boundaries="fixed", chunk=128, pooling="mean", **shared),
     }
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    settings = {"rounds": rounds, "synchronise": wait}
+    settings = {"rounds": rounds, "clock": device_clock(device)}
 
     def dense() -> Tensor:
         return causal_sdpa(q, k, v, scale=0.125)

@@ -29,7 +29,7 @@ from reattend.long_context.hip_attention import (
     tree_search,
     unit_scores,
 )
-from reattend.timing import paired_times
+from reattend.timing import device_clock, paired_times
 
 RULES = ("first", "centre", "last", "random", "oracle", "blind")
 
@@ -289,11 +289,10 @@ def layer_times(
             method.select(q, k, part) for part in method.blocks(q, k)
         ],
     }
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     rows = []
     for name, run in timed.items():
         dense, sparse = paired_times(
-            lambda: causal_sdpa(q, k, v), run, rounds=rounds, synchronise=wait
+            lambda: causal_sdpa(q, k, v), run, rounds=rounds, clock=device_clock(device)
         )
         times = {"milliseconds": 1000 * np.median(sparse), "dense": 1000 * np.median(dense)}
         ratio = {"speed-up over dense": np.median(dense / sparse), "density": method.density()}

@@ -18,7 +18,7 @@ from reattend.attention.dense import causal_sdpa
 from reattend.data.glove import vectors
 from reattend.data.verse_lists import VerseList
 from reattend.text_matching.blockrank import block_attention, shared_positions, states_entering
-from reattend.timing import paired_times
+from reattend.timing import device_clock, interleaved_seconds
 
 Encode = Callable[[Sequence[str]], Float[Tensor, "texts width"]]
 
@@ -169,23 +169,18 @@ def latencies(
     layers: int,
     rounds: int,
     progress: Callable = iter,
-) -> Float[np.ndarray, "2 rounds numbers"]:
-    """Seconds in which `layers` layers read a prompt, dense and block by block, for numbers of documents.
+) -> dict[str, Float[np.ndarray, "numbers rounds"]]:
+    """Seconds in which `layers` layers read a prompt, "dense" and "block by block", for numbers of documents.
 
-    Dense attention is torch's fused causal kernel. Both are timed in turns, all numbers within a round.
+    Dense attention is torch's fused causal kernel. All are timed in every round (`interleaved_seconds`).
     """
-    runs = [_both(model, *random_prompt(n, length), n + 2, layers) for n in numbers]
-    for run in runs:  # warm up
-        for read in run:
-            read()
-    seconds = np.empty((2, rounds, len(numbers)))
-    for r in progress(range(rounds)):
-        for column, (dense, block) in enumerate(runs):
-            pair = (dense, block) if r % 2 == 0 else (block, dense)
-            timed = paired_times(*pair, rounds=1, warmup=0)
-            ordered = timed if r % 2 == 0 else timed[::-1]
-            seconds[:, r, column] = [float(t[0]) for t in ordered]
-    return seconds
+    runs = {}
+    for n in numbers:
+        dense, by_block = _both(model, *random_prompt(n, length), n + 2, layers)
+        runs |= {("dense", n): dense, ("block by block", n): by_block}
+    seconds = interleaved_seconds(runs, rounds, device_clock(model.device), progress=progress)
+    kinds = ("dense", "block by block")
+    return {kind: np.stack([seconds[kind, n] for n in numbers]) for kind in kinds}
 
 
 def _both(
@@ -205,11 +200,3 @@ def _both(
 
     in_order = torch.arange(ids.shape[1])[None]
     return reading(in_order, causal_sdpa), reading(shared_positions(block, 1_024), by_block)
-
-
-def slopes(
-    numbers: Sequence[int], seconds: Float[np.ndarray, "rounds numbers"]
-) -> Float[np.ndarray, " rounds"]:
-    """Slope of log seconds over log N, least squares, round by round: 1 is linear."""
-    x = np.log(numbers) - np.log(numbers).mean()
-    return np.log(seconds) @ x / (x @ x)

@@ -132,15 +132,14 @@ def draw_by_number(
 
 def draw_latency(
     numbers: Sequence[int],
-    seconds: Float[np.ndarray, "2 rounds numbers"],
+    seconds: Mapping[str, Float[np.ndarray, "numbers rounds"]],
     reported: pd.DataFrame,
 ) -> Figure:
     """Seconds against the number of documents, rounds as points, the paper's whole model in grey."""
     fig, axis = plt.subplots(figsize=(6.5, 4))
-    names, colours = ("dense", "block by block"), (BASELINE, COLOURS[0])
-    for name, colour, rounds in zip(names, colours, seconds, strict=True):
-        axis.plot(numbers, np.median(rounds, 0), "-", color=colour, label=f"{name}, one layer here")
-        axis.plot(numbers, rounds.T, "o", color=colour, ms=3, alpha=0.3)
+    for colour, (name, rounds) in zip((BASELINE, COLOURS[0]), seconds.items(), strict=True):
+        axis.plot(numbers, np.median(rounds, 1), "-", color=colour, label=f"{name}, one layer here")
+        axis.plot(numbers, rounds, "o", color=colour, ms=3, alpha=0.3)
     styles = {"Full-FT": "--", "BlockRank": "-"}
     for method, style in styles.items():
         part = reported[reported.method == method]

@@ -353,10 +353,7 @@ def graph_select(x: Float[Tensor, "batch tokens width"], ratio: float) -> Select
 def time_ratios(
     tokens: int, width: int, ratio: float, rounds: int, batch: int
 ) -> dict[str, Float[np.ndarray, " rounds"]]:
-    """Seconds relative to full attention in the same round: a pruned block, its selection, and with the graph.
-
-    A round runs both in both orders (A B B A), for what follows its own kind is faster than what follows the other.
-    """
+    """Seconds relative to full attention in the same round: a pruned block, its selection, and with the graph."""
     generator = torch.Generator().manual_seed(0)
     block = SelfAttention(width).requires_grad_(False)
     x = torch.randn(batch, tokens, width, generator=generator)
@@ -368,7 +365,6 @@ def time_ratios(
     }
     found = {}
     for name, run in runs.items():
-        turns = paired_times(lambda: block(x), run, rounds=2 * rounds)
-        full, part = (seconds.reshape(rounds, 2).sum(1) for seconds in turns)
+        full, part = paired_times(lambda: block(x), run, rounds=rounds)
         found[name] = part / full
     return found

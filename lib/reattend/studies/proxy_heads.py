@@ -18,7 +18,7 @@ from reattend.attention.dense import causal_sdpa, dense_attention, repeat_key_he
 from reattend.attention.method import BlockSparseMethod
 from reattend.attention.statistics import block_mass
 from reattend.long_context.proxyattn import ProxyAttn, proxy_heads, proxy_scores
-from reattend.timing import paired_ratio
+from reattend.timing import device_clock, paired_ratio
 
 Ranking = Callable[[Tensor, Tensor, float], Tensor]
 """Query, key and scale of a layer -> scores, [batch, heads, rows, columns]; a single head stands for all."""
@@ -232,7 +232,6 @@ def speeds(
     key: Float[Tensor, "batch key_heads keys dim"],
     scale: float,
     rounds: int,
-    synchronise: Callable[[], None],
 ) -> tuple[np.ndarray, np.ndarray]:
     """How many times as fast as fused dense attention a method is, and its selection alone, by round.
 
@@ -248,7 +247,7 @@ def speeds(
     def selection() -> Tensor:
         return made.block_mask(query, key, scale=scale)
 
-    settings = {"rounds": rounds, "synchronise": synchronise}
+    settings = {"rounds": rounds, "clock": device_clock(query.device)}
     return paired_ratio(dense, whole, **settings), paired_ratio(dense, selection, **settings)
 
 
@@ -258,7 +257,6 @@ def layer_speeds(
     gamma: float,
     block_size: int,
     rounds: int,
-    synchronise: Callable[[], None],
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Times as fast as dense attention of ProxyAttn and of mean-pooled blocks with its number of blocks.
 
@@ -280,7 +278,7 @@ def layer_speeds(
         rows = key.shape[2] // block_size
         pooled = Planned(by_pooled_blocks(block_size), level(proxied.plan, rows), block_size)
         for name, made in zip(names, (proxied, pooled), strict=True):
-            of_whole, of_selection = speeds(made, query, key, scale, rounds, synchronise)
+            of_whole, of_selection = speeds(made, query, key, scale, rounds)
             whole[name] += list(of_whole)
             alone[name] += list(of_selection)
             densities[name].append(made.density())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,43 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reattend.language_modeling.transnormer import decay_slopes, left_product, lightning
+from reattend.timing import Run, device_clock, interleaved_seconds
 from reattend.trunks.language import Trunk, TrunkCache
-
-Run = Callable[[], object]
-Clock = Callable[[], float]
-
-
-def device_clock(device: torch.device | str) -> Clock:
-    """Seconds for work on a device: CPU time, so that other processes on the core are not counted.
-
-    On a GPU the time of day, once all work that was asked for is done.
-    """
-    if torch.device(device).type == "cpu":
-        return time.process_time
-
-    def clock() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
-
-
-def interleaved_seconds(
-    runs: Mapping[Hashable, Run], rounds: int, clock: Clock = time.process_time
-) -> dict[Hashable, Float[np.ndarray, " rounds"]]:
-    """Seconds of every run, measured in turns; the order turns round from one round to the next.
-
-    One untimed round comes first.
-    """
-    seconds = {name: np.empty(rounds) for name in runs}
-    for run in runs.values():
-        run()
-    for index in range(rounds):
-        for name in list(runs)[:: 1 if index % 2 == 0 else -1]:
-            started = clock()
-            runs[name]()
-            seconds[name][index] = clock() - started
-    return seconds
 
 
 def operator_runs(
@@ -74,12 +38,6 @@ def operator_runs(
         return lambda: torch.autograd.grad(form().sum(), (q, k, v))
 
     return {name: both_ways(form) for name, form in forms.items()}
-
-
-def log_slope(lengths: Sequence[int], seconds: Float[np.ndarray, "lengths rounds"]) -> np.ndarray:
-    """Least-squares slope of log seconds over log length, for each round: 1 is linear, 2 quadratic."""
-    x = np.log(lengths) - np.mean(np.log(lengths))
-    return x @ np.log(seconds) / (x @ x)
 
 
 @torch.no_grad()

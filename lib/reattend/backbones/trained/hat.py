@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from reattend.backbones.store import backbone_path
 from reattend.data.photographs import photographs, random_crops, spoil
 from reattend.data.window_tasks import Maps, displaced_signs, faint_gain, has_source
-from reattend.timing import paired_ratio
+from reattend.timing import device_clock, paired_ratio
 from reattend.training.loop import TrainingLog, TrainingPlan, train
 from reattend.vision.hat import HAT, ChannelAttention, HATConfig, HybridGroup, initialise
 
@@ -284,11 +284,10 @@ def equal_time_steps(
     if not setting.equal_time:
         return {}
     device = torch.device(device)
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     runs = step_runs((*setting.equal_time, "HAT"), setting, device)
     found = {}
     for arm in setting.equal_time:
-        ratio = paired_ratio(runs["HAT"], runs[arm], rounds=rounds, synchronise=wait)
+        ratio = paired_ratio(runs["HAT"], runs[arm], rounds=rounds, clock=device_clock(device))
         steps = round(setting.steps * float(np.median(ratio)))
         found[arm] = min(max(steps, setting.steps), setting.most)
     return found
