@@ -37,6 +37,16 @@ def mean_test(record):
     return record["claims"][0]["tests"][0]
 
 
+def test_times_are_judged_by_medians_unless_the_record_says_otherwise(write):
+    def statistic(**more):
+        changed = load_record(write(lambda r: mean_test(r).update(more)))
+        return changed.claims[0].tests[0].statistic
+
+    assert statistic() == "mean"
+    assert statistic(unit="round") == "median"
+    assert statistic(unit="round", statistic="mean") == "mean"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
