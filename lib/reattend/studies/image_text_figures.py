@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from reattend.data.attribute_scenes import AttributeScenes, caption_ids, colour_word, spelled
@@ -101,8 +101,9 @@ def draw_training(
         at = np.arange(len(marks)) + 0.13 * (row - (len(recalls) - 1) / 2)
         _mean_bars(axes[1], at, found, ARM_COLOURS[arm])
     axes[0].set(xlabel="step", ylabel="contrastive loss, nats", yscale="log")
-    axes[0].yaxis.set_major_formatter(LogFormatter())
-    axes[0].yaxis.set_minor_formatter(LogFormatter())
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[0].legend()
     axes[1].set_xticks(range(len(marks)), [f"{mark:,}" for mark in marks])
     axes[1].set(xlabel="steps of training", ylabel="R@1, per cent")
@@ -137,7 +138,6 @@ def draw_gains(
         axis.axvline(0, color=BASELINE, lw=1)
         for place, (arm, values) in enumerate(arms.items()):
             mean_point(axis, values, place, ARM_COLOURS[arm])
-            axis.plot(values, np.full(len(values), place + 0.2), "o", color=ARM_COLOURS[arm], ms=4)
             known = reported.get(measure, {}).get(arm)
             if known is not None:
                 axis.plot(known, place - 0.2, "x", color=REPORTED, ms=8, mew=2, label="paper")

@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
 from reattend.plots import BASELINE, COLOURS, REPORTED
@@ -49,18 +50,24 @@ def draw_pareto(ax: Axes, table: pd.DataFrame, ours: Sequence[str]) -> None:
 
 
 def draw_curves(ax: Axes, curves: Mapping[str, Mapping[int | float, np.ndarray]]) -> None:
-    """Accuracy along an axis: one line per probe, with the range over seeds as a band.
+    """Accuracy along an axis: one line per probe, side by side, with the range over seeds as bars.
 
     Args:
         curves: probe -> place on the axis -> accuracies of the seeds in %.
     """
-    for probe, points in curves.items():
+    for row, (probe, points) in enumerate(curves.items()):
         style, colour = LINES[probe]
         places = sorted(points)
         runs = [points[place] for place in places]  # not everywhere equally many
-        ax.plot(places, [run.mean() for run in runs], style, color=colour, label=probe)
-        ends = [[end(run) for run in runs] for end in (np.min, np.max)]
-        ax.fill_between(places, *ends, color=colour, alpha=0.15)
+        means = np.array([run.mean() for run in runs])
+        ends = np.array([means - [run.min() for run in runs], [run.max() for run in runs] - means])
+        aside = (row - (len(curves) - 1) / 2) * 5 / 72  # inches, on an axis of either scale
+        shift = ScaledTranslation(aside, 0, ax.figure.dpi_scale_trans)
+        look = {"color": colour, "elinewidth": 1.2, "ms": 5, "transform": ax.transData + shift}
+        ax.errorbar(places, means, ends, fmt=style, label=probe, **look)
+        for reached in (means - ends[0], means + ends[1]):  # what is moved aside sets no limits
+            ax.update_datalim(np.column_stack([places, reached]))
+    ax.autoscale_view()
     ax.set_xticks(places)
     ax.set(ylabel="top-1 accuracy (%)")
 
