@@ -102,3 +102,16 @@ def test_what_cannot_be_compared_is_said(checkout):
     assert "toy: HEAD has no evidence at profile cpu" in done.stdout
     done = checkout.reattend("compare", "--ref", "nowhere")
     assert (done.returncode, done.stderr) == (2, "reattend: no Git revision 'nowhere'\n")
+
+
+def test_a_run_with_other_values_is_held_against_the_committed_one(checkout):
+    done = checkout.reattend("compare", "--study", check=True)
+    assert done.stdout.startswith("0 of 0 testable claims")
+    done = checkout.reattend("compare", "--study", "toy", check=True)
+    assert "toy: no results here" in done.stdout
+    checkout.reattend("run", "toy", "--set", "scales=[40.0]", check=True)
+    assert "1 of 1 testable" in checkout.reattend("compare", check=True).stdout
+    done = checkout.reattend("compare", "--study", check=True)
+    assert done.stdout.startswith("0 of 1 testable claims have the verdict of HEAD")
+    assert "toy gain: reproduced -> inconclusive" in done.stdout
+    assert "0 measurements differ" in done.stdout

@@ -149,6 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     compare = add("compare", _compare, "hold the results against the committed ones")
     compare.add_argument("papers", nargs="*", metavar="paper", help="default: all")
     compare.add_argument("--ref", default="HEAD", help="Git revision (default: HEAD)")
+    compare.add_argument(
+        "--study",
+        action="store_true",
+        help="those of runs with other values (run --set), e.g. seeds",
+    )
 
     attest = add("attest", _attest, "let results stand whose code has changed, if smoke agrees")
     attest.add_argument(
@@ -397,7 +402,7 @@ def _compare(options: argparse.Namespace) -> int:
     from reattend.pipeline.compare import compare
 
     root = _root()
-    return compare(root, options.papers, _profile(root, None), options.ref)
+    return compare(root, options.papers, _profile(root, None), options.ref, options.study)
 
 
 def _attest(options: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ from reattend.pipeline.judge import judge_profile
 from reattend.pipeline.manifests import write_text
 from reattend.pipeline.power import chosen_records
 from reattend.presentation import interval_text
-from reattend.project import git, read_json, results_directory
+from reattend.project import git, read_json, results_directory, study_directory
 from reattend.records import Record
 
 DEFAULT_TOLERANCE = 0.02  # relative, for metrics of which the record says nothing
@@ -56,8 +56,12 @@ class Comparison:
         return not (self.contradicting or self.outside)
 
 
-def compare(root: Path, papers: list[str], profile: str, ref: str) -> int:
+def compare(root: Path, papers: list[str], profile: str, ref: str, study: bool = False) -> int:
     """Print how the working tree's results stand to those committed at `ref`.
+
+    Args:
+        study: take the results of runs with other parameters, in build/study: with another seed the
+            verdicts should be the same. Single measurements, each of a seed, are then not compared.
 
     Returns:
         0 unless a verdict contradicts (reproduced against not reproduced) or an effect falls outside its
@@ -71,15 +75,19 @@ def compare(root: Path, papers: list[str], profile: str, ref: str) -> int:
         raise CommandError(f"no Git revision '{ref}'", exit_code=2)
     sides = {}
     found = Comparison()
+    place = study_directory if study else results_directory
     for record in records:
-        fresh = judge_profile(root, record, profile)
+        fresh = judge_profile(root, record, profile, place)
+        if fresh is None and study and not papers:
+            continue  # few papers are studied
         stored = stored_outcomes(root, record, profile, ref)
         if fresh is None or isinstance(stored, str):
             here = "no results here" if fresh is None else stored
             found.missing.append(f"{record.slug}: {here}")
             continue
         sides[record.slug] = fresh, stored
-        found.measurements += changed_measurements(root, record, profile, ref)
+        if not study:
+            found.measurements += changed_measurements(root, record, profile, ref)
     tests = sum(len(outcome.tests) for fresh, _ in sides.values() for outcome in fresh.values())
     for slug, (fresh, stored) in sides.items():
         add_claims(found, slug, fresh, stored, LEVEL / max(tests, 1))

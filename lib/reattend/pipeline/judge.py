@@ -7,6 +7,7 @@ has results. It follows from evidence.csv, run.json (times), the record and the 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from reattend.evidence.files import read_evidence, stored
@@ -102,26 +103,31 @@ def committed_verdicts(path: Path) -> dict[str, dict]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def judge_profile(root: Path, record: Record, profile: str) -> dict[str, ClaimOutcome] | None:
+def judge_profile(
+    root: Path, record: Record, profile: str, place: Callable = results_directory
+) -> dict[str, ClaimOutcome] | None:
     """Outcomes of a paper's claims at one profile; None where there is no evidence.
+
+    Args:
+        place: `results_directory`, or `study_directory` for a run with other parameters.
 
     Raises:
         CommandError: for evidence that cannot be used.
     """
-    directory = results_directory(root, record.family, record.slug, profile)
+    directory = place(root, record.family, record.slug, profile)
     path = directory / "evidence.csv"
     if not path.exists():
         return None
-    place = directory.relative_to(root).as_posix()
+    where = directory.relative_to(root).as_posix()
     try:
         facts = read_json(directory / "run.json")
         evidence = read_evidence(read_text(path), facts.get("timing_evidence", []))
         return judge(record, evidence)
     except FileNotFoundError:
         raise CommandError(
-            f"{place}: evidence.csv without run.json; run the paper again", 2
+            f"{where}: evidence.csv without run.json; run the paper again", 2
         ) from None
     except FileError as error:
         raise CommandError(f"{error}; run the paper again", 2) from None
     except EvidenceError as error:
-        raise CommandError(f"{place}/evidence.csv: {error}", 2) from None
+        raise CommandError(f"{where}/evidence.csv: {error}", 2) from None
