@@ -145,7 +145,7 @@ def draw_latency(
         part = reported[reported.method == method]
         label = f"{method}, paper (Mistral-7B)"
         axis.plot(part.N, part.ms / 1000, style, marker="s", ms=3, color=REPORTED, label=label)
-    axis.set(xscale="log", yscale="log", xlabel="documents N", ylabel="seconds")
+    axis.set(xscale="log", yscale="log", xlabel="documents N", ylabel="seconds; here of CPU")
     axis.set_xticks([10, 20, 50, 100, 200, 500], [10, 20, 50, 100, 200, 500])
     axis.minorticks_off()
     axis.legend()
