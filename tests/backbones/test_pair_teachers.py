@@ -6,7 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reattend.backbones.trained.pair_teachers import AlignmentTeacher, build, load, with_places
+from reattend.backbones.trained.pair_teachers import (
+    AlignmentTeacher,
+    build,
+    load,
+    reading_order,
+    with_places,
+)
 from reattend.trunks.encoders import CachedStates
 
 
@@ -29,6 +35,12 @@ def test_padding_and_cls_are_not_read():
     changed[0, 4:] = 100.0
     changed[:, 0] = -50.0
     torch.testing.assert_close(model(CachedStates(changed, first.mask), second), expected)
+
+
+def test_texts_are_read_once_in_an_order_that_no_set_decides():
+    of_two = [f"{letter}{number}" for letter in "xyz" for number in range(9)]
+    expected = ["a", *of_two, "long"]
+    assert reading_order(["long", *reversed(of_two)], ["a", *of_two]) == expected
 
 
 def test_a_token_is_compared_with_what_it_attends_to():

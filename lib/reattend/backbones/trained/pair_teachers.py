@@ -13,6 +13,7 @@ Files, one pair for each task: `<task>.json` (texts, split, kind, scores) and `<
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,10 +173,19 @@ def _build_task(target: Path, name: str, setting: Setting, seed: int) -> None:
     print(f"{name}: " + ", ".join(f"{s} {v:.3f}" for s, v in scores.items()), flush=True)
 
 
+def reading_order(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """Every text once, similar lengths side by side, for little padding.
+
+    Texts of one length go by the alphabet: a set's order is another one in every process, and with it
+    what shares a batch, and how sums round.
+    """
+    return sorted({*first, *second}, key=lambda text: (len(text), text))
+
+
 def _states(first: list[str], second: list[str]) -> tuple[CachedStates, CachedStates]:
     """Frozen token states of both texts of every pair; a text that occurs twice is read once."""
     tokenizer, model = minilm.load(LAYERS)
-    texts = sorted({*first, *second}, key=len)  # similar lengths side by side: little padding
+    texts = reading_order(first, second)
     place = {text: row for row, text in enumerate(texts)}
     cached = TextEncoder(model, frozen=LAYERS).cache(tokenise(tokenizer, texts, length=LENGTH))
     return tuple(cached[torch.tensor([place[t] for t in part])] for part in (first, second))
