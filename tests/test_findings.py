@@ -50,7 +50,7 @@ def test_a_run_that_was_not_judged_shows_figures_but_no_verdict(tmp_path):
 
 def test_points_of_times_come_from_run_json(tmp_path):
     run = papers(toy.make(tmp_path))["judged"].runs["cpu"]
-    assert len(run.evidence["identity", "speed"]) == 5
+    assert len(run.evidence["identity", "speed"]) == 9
     assert len(run.evidence["keeps_score", "loss"]) == 8
 
 

@@ -148,7 +148,7 @@ def write_run(root: Path, slug: str, profile: str, effect: float, n: int) -> Non
         ("keeps_score", "loss"): (Sample(effect + spread, item=range(n)), "item"),
         ("keeps_score", "shuffled"): (Sample(spread - 9, item=range(n)), "item"),
         ("identity", "difference"): (Exact(0.0), "exact"),
-        ("identity", "speed"): (Sample(np.linspace(1.8, 2.2, 5), round=range(5)), "round"),
+        ("identity", "speed"): (Sample(np.linspace(1.8, 2.2, 9), round=range(9)), "round"),
     }
     evidence = {key: points(sample, unit) for key, (sample, unit) in samples.items()}
     (home / "evidence.csv").write_text(evidence_csv(evidence))

@@ -71,7 +71,8 @@ def test_growing_lists_are_drawn_above_chance():
 
 def test_latency_has_medians_and_the_papers_curves():
     reported = pd.DataFrame({"method": ["BlockRank", "Full-FT"], "N": [10, 10], "ms": [32, 59]})
-    seconds = np.array([[[1.0, 4], [1, 8], [3, 5]], [[1, 2], [1, 2], [1, 2]]])
+    seconds = {"dense": np.array([[1.0, 1, 3], [4, 8, 5]])}
+    seconds["block by block"] = np.array([[1.0, 1, 1], [2, 2, 2]])
     drawn = lines(draw_latency([8, 16], seconds, reported).axes[0])
     assert drawn["dense, one layer here"].tolist() == [1, 5]
     assert drawn["BlockRank, paper (Mistral-7B)"].tolist() == [0.032]

@@ -196,14 +196,14 @@ def test_maximum_and_average_differ():
 
 def test_speeds_are_positive_and_one_a_round(plan):
     made = Planned(by_proxy(SIZE, 1), plan, SIZE)
-    whole, selection = speeds(made, *tensors(), SCALE, 3, lambda: None)
+    whole, selection = speeds(made, *tensors(), SCALE, 3)
     assert len(whole) == len(selection) == 3
     assert (whole > 0).all()
 
 
 def test_speeds_of_layers_are_every_round_at_one_number_of_blocks():
     layers = [(*tensors(seed), SCALE) for seed in (0, 1)]
-    found, read = layer_speeds(layers, 0.7, SIZE, 3, lambda: None)
+    found, read = layer_speeds(layers, 0.7, SIZE, 3)
     assert list(found) == [
         "ProxyAttn",
         "mean-pooled blocks",
